@@ -1,0 +1,1 @@
+"""The inference engine: model, paged cache, scheduler, sampling and scoring."""

@@ -1,0 +1,137 @@
+"""The model's settings (`config.json`), checked in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from dape_kernels.encoding import FORMS
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+MAX_HEADS = 64
+MAX_HEAD_DIM = 256
+MAX_DAPE_WIDTH = 128
+
+Kind = Literal[
+    "nope",
+    "alibi",
+    "kerple",
+    "kerple_power",
+    "fire",
+    "t5",
+    "sandwich",
+    "rope",
+    "cope",
+    "learned",
+    "sinusoidal",
+]
+# Encodings that act on the embeddings, on q and k, or not at all: DAPE then sees scores only.
+WITHOUT_BIAS = frozenset({"nope", "rope", "learned", "sinusoidal"})
+
+
+class PositionConfig(BaseModel):
+    """A static positional encoding and its settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    mlp_width: Positive = 32
+    """FIRE: width of the network that maps the normalised distance to the biases."""
+    init_length: Positive = 64
+    """FIRE: initial value of the threshold L below which the query position does not matter."""
+    dimension: Positive = 128
+    """Sandwich: number of sinusoids, times two."""
+    base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
+    """RoPE: base of the frequencies."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """RoPE: share of the head size that is rotated."""
+    max_positions: Positive = 64
+    """CoPE: number of content positions. Learned: length of the table."""
+
+
+class DapeConfig(BaseModel):
+    """The data-adaptive part of the encoding."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1, 2] = 1
+    width: Annotated[int, Field(gt=0, le=MAX_DAPE_WIDTH)] = 32
+    kernel: Annotated[int, Field(gt=0, le=15)] = 1
+    form: str = "concat_residual"
+    right_edge: Literal["extended", "official"] = "extended"
+
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, form: str) -> str:
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r}, expected one of {', '.join(FORMS)}")
+        return form
+
+    @model_validator(mode="after")
+    def _kernel_fits_version(self) -> DapeConfig:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        if self.version == 1 and self.kernel != 1:
+            raise ValueError(f"kernel must be 1 for version 1, got {self.kernel}")
+        if self.version == 2 and self.form != "concat_residual":
+            raise ValueError(f"form must be 'concat_residual' for version 2, got {self.form!r}")
+        return self
+
+
+class ModelConfig(BaseModel):
+    """A decoder in the GPT-NeoX form with its positional encoding."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    architectures: list[str] = ["DapeForCausalLM"]
+    vocab_size: Positive
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Annotated[int, Field(gt=0, le=MAX_HEADS)]
+    intermediate_size: Positive
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    hidden_act: Literal["gelu"] = "gelu"
+    parallel_residual: bool = False
+    tie_word_embeddings: bool = False
+    train_length: Positive
+    max_model_len: Positive
+    bos_token_id: Annotated[int, Field(ge=0)] | None = None
+    eos_token_id: Annotated[int, Field(ge=0)] | None = None
+    dtype: Dtype = "float32"
+    position: PositionConfig
+    dape: DapeConfig | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Size d of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the static encoding is an additive bias, which DAPE reads beside the scores."""
+        return self.position.kind not in WITHOUT_BIAS
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if "DapeForCausalLM" not in self.architectures:
+            raise ValueError(f"architectures must hold 'DapeForCausalLM', got {self.architectures}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head size {self.head_dim} is above {MAX_HEAD_DIM}")
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ValueError(f"{name} {token} is not below vocab_size {self.vocab_size}")
+        if self.position.kind == "learned" and self.max_model_len > self.position.max_positions:
+            raise ValueError(
+                f"max_model_len {self.max_model_len} is above the {self.position.max_positions} "
+                "learned positions (position.max_positions)"
+            )
+        if self.position.kind == "cope" and self.dape is not None:
+            raise ValueError("position.kind 'cope' cannot be combined with dape")
+        return self

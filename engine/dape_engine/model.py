@@ -1,0 +1,134 @@
+"""The decoder in the GPT-NeoX form: what training, serving and scoring share.
+
+The model knows nothing of caches or batches: it hands queries, keys and values of every layer to an
+`Attend` function. Letters: h hidden size, H heads, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dape_engine.config import ModelConfig
+from dape_engine.encoding import PositionalEncoding, Rotary, sinusoids
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v) -> attention output; all tensors [..., tokens, H, d]."""
+
+
+class Attention(nn.Module):
+    """Fused QKV, interleaved per head as [H, 3, d], and the output projection."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.position = PositionalEncoding(config.position, config.dape, self.heads, config.head_dim)
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend) -> Tensor:
+        qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, -1))
+        query, key, value = qkv.unbind(-2)
+        if rotary is not None:
+            query, key = rotary(query, key, positions)
+        return self.dense(attend(layer, query, key, value).flatten(-2))
+
+
+class Mlp(nn.Module):
+    """h -> intermediate -> h with the exact (erf) GELU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(functional.gelu(self.linear1(x)))
+
+
+class Layer(nn.Module):
+    """One pre-norm block, sequential or with a parallel residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend) -> Tensor:
+        attended = x + self.attention(self.input_layernorm(x), positions, rotary, layer, attend)
+        if self.parallel_residual:
+            return attended + self.mlp(self.post_attention_layernorm(x))
+        return attended + self.mlp(self.post_attention_layernorm(attended))
+
+
+class DapeForCausalLM(nn.Module):
+    """Token ids to hidden states to logits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.final_linear.weight = self.word_embeddings.weight
+        kind = config.position.kind
+        if kind == "learned":
+            self.position_embeddings = nn.Embedding(config.position.max_positions, config.hidden_size)
+        self.rotary = Rotary(config.position, config.head_dim) if kind == "rope" else None
+        if kind == "t5":
+            # One table for the whole model: every layer refers to the first layer's.
+            for encoding in self.encodings:
+                encoding.weight = self.encodings[0].weight
+
+    @property
+    def encodings(self) -> list[PositionalEncoding]:
+        """The positional parameters of each layer."""
+        return [layer.attention.position for layer in self.layers]
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return the hidden states after the final norm.
+
+        Args:
+            token_ids: int64 [..., tokens].
+            positions: int64 [tokens], the place of each token in its sequence.
+            attend: the attention of one layer.
+
+        Returns:
+            [..., tokens, h].
+        """
+        x = self.word_embeddings(token_ids)
+        if self.config.position.kind == "learned":
+            x = x + self.position_embeddings(positions)
+        elif self.config.position.kind == "sinusoidal":
+            x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, positions, self.rotary, index, attend)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [..., V] of hidden states [..., h]."""
+        return self.final_linear(hidden)
+
+
+def initialise(model: DapeForCausalLM) -> None:
+    """Initialise as GPT-NeoX does: small_init for inputs, wang_init for residual outputs (spec of DAPE)."""
+    config = model.config
+    small = math.sqrt(2 / (5 * config.hidden_size))
+    wang = 2 / config.num_hidden_layers / math.sqrt(config.hidden_size)
+    residual_outputs = {id(m) for layer in model.layers for m in (layer.attention.dense, layer.mlp.linear2)}
+    inside_encodings = {id(m) for encoding in model.encodings for m in encoding.modules()}
+    for module in model.modules():
+        if id(module) in inside_encodings or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        nn.init.normal_(module.weight, std=wang if id(module) in residual_outputs else small)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,1 @@
+"""Attention with data-adaptive positional encoding over a paged KV cache."""
