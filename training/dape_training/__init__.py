@@ -1,0 +1,1 @@
+"""Training and evaluation of DAPE models, by the engine's own model code."""

@@ -1,0 +1,72 @@
+"""Documents, the tokenizer trained on them, and batches of equal windows."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_documents(path: Path) -> list[str]:
+    """Return the "text" of every line of a JSON Lines file, compressed by xz or not."""
+    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
+    with opened as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer: any text round-trips, token 0 ends a document."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Return one int32 array: every document followed by the end-of-text token, in order."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
+    return np.concatenate([np.array([*e.ids, end], dtype=np.int32) for e in encoded])
+
+
+def training_batches(
+    tokens: np.ndarray, length: int, batch_size: int, seed: int, first_step: int = 0
+) -> Iterator[Tensor]:
+    """Yield int64 batches [batch_size, length + 1] without end, the same for the same seed and step.
+
+    Each epoch cuts the text at another offset and visits its windows in another order.
+    """
+    per_epoch = (len(tokens) - length) // length // batch_size
+    step = first_step
+    while True:
+        epoch, within = divmod(step, per_epoch)
+        rng = np.random.default_rng([seed, epoch])
+        offset = int(rng.integers(length))
+        starts = rng.permutation((len(tokens) - 1 - offset) // length)[: per_epoch * batch_size]
+        for first in range(within * batch_size, len(starts) - batch_size + 1, batch_size):
+            rows = starts[first : first + batch_size] * length + offset
+            yield torch.from_numpy(np.stack([tokens[r : r + length + 1] for r in rows]).astype(np.int64))
+            step += 1
+
+
+def validation_batches(tokens: np.ndarray, length: int, batch_size: int, batches: int) -> list[Tensor]:
+    """Return up to `batches` batches [batch_size, length + 1] spread evenly over the text."""
+    windows = (len(tokens) - 1) // length
+    chosen = np.linspace(0, windows - 1, min(batches * batch_size, windows), dtype=np.int64)
+    rows = [torch.from_numpy(tokens[w * length : (w + 1) * length + 1].astype(np.int64)) for w in chosen]
+    return list(torch.stack(rows).split(batch_size))

@@ -1,0 +1,209 @@
+"""The training loop: AdamW, cosine schedule with warm-up, checkpoints, resume, validation loss."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from dape_engine.model import DapeForCausalLM, initialise
+from dape_engine.weights import save_model_folder
+from dape_kernels.dense import dense_attention
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from dape_training.config import TrainingConfig
+from dape_training.data import (
+    read_documents,
+    tokenize_documents,
+    train_tokenizer,
+    training_batches,
+    validation_batches,
+)
+from dape_training.loss import linear_cross_entropy
+
+logger = logging.getLogger(__name__)
+VALIDATION_BATCHES = 20
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of the next token over whole windows; the module that is distributed."""
+
+    def __init__(self, model: DapeForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return the scalar loss of windows int64 [B, N + 1]."""
+        encodings = [encoding.encoding() for encoding in self.model.encodings]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (t.transpose(-2, -3) for t in (query, key, value))
+            return dense_attention(query, key, value, encodings[layer]).transpose(-2, -3)
+
+        positions = torch.arange(windows.shape[1] - 1, device=windows.device)
+        hidden = self.model(windows[:, :-1], positions, attend)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), self.model.final_linear.weight, windows[:, 1:].flatten()
+        )
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine down to the minimum."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    span = config.learning_rate - config.min_learning_rate
+    return config.min_learning_rate + span * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices only: biases, norms and positional scalars are left free."""
+    matrices = [p for p in model.parameters() if p.squeeze().dim() >= 2]
+    others = [p for p in model.parameters() if p.squeeze().dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def train(config: TrainingConfig, folder: Path) -> None:
+    """Train the model of `config`, resuming from `folder` where it holds a checkpoint.
+
+    Writes `checkpoint/`, `metrics.jsonl`, tensorboard events and the finished model folder `model/`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
+    set_seed(config.seed)
+    tokenizer, tokens, validation = _prepare_data(config, folder, accelerator)
+    model = DapeForCausalLM(config.model)
+    initialise(model)
+    loss_module = NextTokenLoss(model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, eps=1e-8
+    )
+    loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
+    step = _resume(accelerator, folder)
+    batches = training_batches(tokens, config.model.train_length, config.batch_size, config.seed, step)
+    log = RunLog(folder, config, accelerator.is_main_process)
+    with log:
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            windows = next(batches)[accelerator.process_index :: accelerator.num_processes]
+            loss = loss_module(windows.to(accelerator.device))
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(loss_module.parameters(), config.gradient_clip)
+            optimizer.step()
+            step += 1
+            log.step(step, float(loss.detach()), float(norm), learning_rate(config, step - 1))
+            if step % config.validate_every == 0 or step == config.steps:
+                log.validation(step, _validation_loss(loss_module, validation, accelerator))
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                accelerator.save_state(str(folder / "checkpoint"), safe_serialization=True)
+                if accelerator.is_main_process:
+                    (folder / "checkpoint" / "step").write_text(str(step))
+                    save_model_folder(folder / "model", model, tokenizer)
+
+
+def _prepare_data(
+    config: TrainingConfig, folder: Path, accelerator: Accelerator
+) -> tuple[Tokenizer, np.ndarray, list[Tensor]]:
+    """Return the tokenizer, the training tokens and the validation windows, cached in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.main_process_first():
+        documents = read_documents(config.train_data)
+        saved = folder / "tokenizer.json"
+        if config.tokenizer is not None:
+            tokenizer = Tokenizer.from_file(str(config.tokenizer))
+        elif saved.exists():
+            tokenizer = Tokenizer.from_file(str(saved))
+        else:
+            logger.info("training the tokenizer on %d documents", len(documents))
+            tokenizer = train_tokenizer(documents, config.model.vocab_size)
+            tokenizer.save(str(saved))
+    if tokenizer.get_vocab_size() > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} entries, "
+            f"above model.vocab_size {config.model.vocab_size}"
+        )
+    tokens = tokenize_documents(documents, tokenizer)
+    valid_tokens = tokenize_documents(read_documents(config.valid_data), tokenizer)
+    logger.info("%d training tokens, %d validation tokens", len(tokens), len(valid_tokens))
+    length = config.model.train_length
+    return tokenizer, tokens, validation_batches(valid_tokens, length, config.batch_size, VALIDATION_BATCHES)
+
+
+def _resume(accelerator: Accelerator, folder: Path) -> int:
+    """Load the last checkpoint, if there is one, and return the number of steps done."""
+    mark = folder / "checkpoint" / "step"
+    if not mark.exists():
+        return 0
+    accelerator.load_state(str(folder / "checkpoint"))
+    step = int(mark.read_text())
+    logger.info("resuming after step %d", step)
+    return step
+
+
+@torch.no_grad()
+def _validation_loss(loss_module: nn.Module, batches: list[Tensor], accelerator: Accelerator) -> float:
+    losses = [loss_module(batch.to(accelerator.device)) for batch in batches]
+    return float(torch.stack(losses).mean())
+
+
+class RunLog:
+    """Progress bar, tensorboard and `metrics.jsonl` of one run."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, enabled: bool):
+        self.folder = folder
+        self.config = config
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self.done = 0
+
+    def __enter__(self) -> RunLog:
+        from torch.utils.tensorboard import SummaryWriter
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, disable=not self.enabled)
+        self.task = self.progress.add_task("training", total=self.config.steps)
+        self.progress.start()
+        self.writer = SummaryWriter(str(self.folder / "tensorboard")) if self.enabled else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, step: int, loss: float, norm: float, rate: float) -> None:
+        """Record one optimiser step."""
+        self.done += 1
+        self.progress.update(self.task, completed=step, description=f"loss {loss:.3f}")
+        if step % 10 == 0:
+            self._write(step, {"loss": loss, "gradient_norm": norm, "learning_rate": rate})
+
+    def validation(self, step: int, loss: float) -> None:
+        """Record a validation loss."""
+        self._write(step, {"validation_loss": loss})
+        speed = self.done / (time.monotonic() - self.started)
+        logger.info("step %d: validation loss %.4f, %.2f steps/s", step, loss, speed)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        with (self.folder / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps({"step": step, **values}) + "\n")
