@@ -1,0 +1,40 @@
+"""The engine's settings, apart from the model's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class EngineOptions(BaseModel):
+    """Device, precision and limits. Names follow vLLM where vLLM has the setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: float32 on a CPU, the model's own on a GPU."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: the same as dtype."""
+    attention_backend: Literal["auto", "reference", "chunked"] = "auto"
+    """Attention kernel; `dape backends` lists what runs here."""
+    attention_workspace: Annotated[int, Field(ge=1 << 20)] = 32 << 20
+    """Bytes of scratch memory of one attention call, whatever the context length."""
+    max_model_len: Positive | None = None
+    """Longest prompt plus completion, in tokens; by default the model's own."""
+    max_num_seqs: Positive = 32
+    """Sequences that run at once."""
+    max_num_batched_tokens: Positive = 1024
+    """Tokens of one step over all sequences."""
+    max_num_queued_reqs: Positive = 256
+    """Requests that may wait; further ones are refused."""
+    kv_cache_memory: Positive = 1 << 30
+    """Bytes of the KV cache over all layers."""
+    block_size: Positive = 16
+    """Tokens of one cache block."""
+    threads: Positive | None = None
+    """CPU threads; by default torch's choice."""

@@ -1,0 +1,187 @@
+"""One step on the device: packs the rows of a scheduler step, runs the model, samples and scores.
+
+The runner owns the weights, the per-layer caches and the encodings with their tables. It knows nothing
+of queues, text or clients. Letters: T rows of the step, h hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from dape_kernels.attention import paged_attention, select_backend
+from dape_kernels.paged import RaggedBatch
+from torch import Tensor
+
+from dape_engine.errors import SettingsError
+from dape_engine.model import DapeForCausalLM
+from dape_engine.options import EngineOptions
+from dape_engine.output_layer import score_targets
+from dape_engine.request import TokenLogprob
+from dape_engine.sampling import SamplerState, sample
+from dape_engine.scheduler import Chunk
+from dape_engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What one chunk of rows gave: log-probabilities of prompt tokens, and the next token at its end."""
+
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """The tokens that follow the chunk's rows, from the first one wanted."""
+    sampled: TokenLogprob | None = None
+    """The next token, where the chunk ends the sequence and it generates."""
+
+
+class ModelRunner:
+    """Runs steps of one model on one device.
+
+    Raises:
+        SettingsError: the cache memory is too small, or no backend can run the encoding.
+    """
+
+    def __init__(self, model: DapeForCausalLM, options: EngineOptions, max_model_len: int):
+        self.model = model
+        self.device = model.word_embeddings.weight.device
+        self.block_size = options.block_size
+        self.workspace = options.attention_workspace
+        self.encodings = [encoding.encoding().with_tables(max_model_len) for encoding in model.encodings]
+        dtype = cache_dtype(model, options)
+        try:
+            self.backend = select_backend(options.attention_backend, self.encodings[0], dtype, self.device)
+        except ValueError as error:
+            raise SettingsError(f"attention_backend: {error}") from error
+        config = model.config
+        self.num_blocks = options.kv_cache_memory // block_bytes(model, options)
+        if self.num_blocks < 2:
+            raise SettingsError(
+                f"kv_cache_memory: {options.kv_cache_memory} bytes hold {self.num_blocks} blocks of "
+                f"{block_bytes(model, options)} bytes; at least 2 are needed"
+            )
+        self.caches = [
+            self.backend.allocate(
+                self.num_blocks, self.block_size, config.num_attention_heads, config.head_dim, dtype, self.device
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk], states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
+        """Compute the rows of every chunk and return one result per chunk, in order.
+
+        Args:
+            chunks: the rows; their sequences hold the blocks for them.
+            states: sampler state of every sequence that generates.
+        """
+        batch = self._batch(chunks)
+        hidden = self._hidden(chunks, batch)
+        results = [ChunkResult() for _ in chunks]
+        self._score(chunks, batch, hidden, results)
+        self._sample(chunks, batch, hidden, states, results)
+        return results
+
+    def _batch(self, chunks: list[Chunk]) -> RaggedBatch:
+        width = max(len(chunk.sequence.blocks) for chunk in chunks)
+        tables = torch.zeros(len(chunks), width, dtype=torch.int32)
+        for row, chunk in enumerate(chunks):
+            blocks = chunk.sequence.blocks
+            tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        return RaggedBatch(
+            query_starts=[0, *accumulate(chunk.count for chunk in chunks)],
+            context_lens=[chunk.start + chunk.count for chunk in chunks],
+            block_tables=tables.to(self.device),
+            block_size=self.block_size,
+        )
+
+    def _hidden(self, chunks: list[Chunk], batch: RaggedBatch) -> Tensor:
+        """Run all layers and return the hidden states [T, h] after the final norm."""
+        spans = [(c.sequence, range(c.start, c.start + c.count)) for c in chunks]
+        token_ids = torch.tensor(
+            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]], device=self.device
+        )
+        positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
+        slots = batch.slots()
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache = self.caches[layer]
+            cache.write(key, value, slots)
+            output, _ = paged_attention(
+                query, cache, batch, self.encodings[layer], backend=self.backend, workspace=self.workspace
+            )
+            return output
+
+        hidden: Tensor = self.model(token_ids, positions, attend)
+        return hidden
+
+    def _score(
+        self, chunks: list[Chunk], batch: RaggedBatch, hidden: Tensor, results: list[ChunkResult]
+    ) -> None:
+        """Fill in the log-probabilities of prompt tokens, grouped by the number of alternatives."""
+        groups: dict[int, list[tuple[int, range]]] = {}
+        for index, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            if sequence.score_from is None:
+                continue
+            first = max(chunk.start, sequence.score_from + sequence.num_scored - 1)
+            rows = range(first, min(chunk.start + chunk.count, sequence.prompt_length - 1))
+            if rows:
+                groups.setdefault(sequence.top_logprobs, []).append((index, rows))
+        for top, members in groups.items():
+            rows = [
+                batch.query_starts[index] + p - chunks[index].start for index, span in members for p in span
+            ]
+            targets = [chunks[index].sequence.tokens[p + 1] for index, span in members for p in span]
+            scored = self._logprobs(hidden[rows], targets, top)
+            for index, span in members:
+                results[index].scored = scored[: len(span)]
+                scored = scored[len(span) :]
+
+    def _logprobs(self, hidden: Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
+        weight = self.model.final_linear.weight
+        logprobs, ids, values = score_targets(hidden, weight, torch.tensor(targets, device=self.device), top)
+        return [
+            TokenLogprob(target, logprob, tuple(zip(top_ids, top_values, strict=True)))
+            for target, logprob, top_ids, top_values in zip(
+                targets, logprobs.tolist(), ids.tolist(), values.tolist(), strict=True
+            )
+        ]
+
+    def _sample(
+        self,
+        chunks: list[Chunk],
+        batch: RaggedBatch,
+        hidden: Tensor,
+        states: Mapping[Sequence, SamplerState],
+        results: list[ChunkResult],
+    ) -> None:
+        """Draw the next token of every sequence whose last row is among the chunks."""
+        ending = [
+            index
+            for index, chunk in enumerate(chunks)
+            if chunk.sequence.sampling is not None
+            and chunk.start + chunk.count == chunk.sequence.num_rows
+        ]
+        if not ending:
+            return
+        rows = [batch.query_starts[index + 1] - 1 for index in ending]
+        logits = self.model.logits(hidden[rows]).float()
+        drawn = sample(logits, [states[chunks[index].sequence] for index in ending])
+        for index, token in zip(ending, drawn, strict=True):
+            results[index].sampled = token
+
+
+def cache_dtype(model: DapeForCausalLM, options: EngineOptions) -> torch.dtype:
+    """Return the dtype of cached keys and values."""
+    if options.kv_cache_dtype == "auto":
+        return model.word_embeddings.weight.dtype
+    dtype: torch.dtype = getattr(torch, options.kv_cache_dtype)
+    return dtype
+
+
+def block_bytes(model: DapeForCausalLM, options: EngineOptions) -> int:
+    """Return the bytes of one cache block over all layers, keys and values."""
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * cache_dtype(model, options).itemsize
+    return per_token * options.block_size

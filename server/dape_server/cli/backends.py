@@ -1,0 +1,36 @@
+"""`dape backends`: which attention kernels run here."""
+
+from __future__ import annotations
+
+import click
+import torch
+from dape_engine.config import DapeConfig, PositionConfig
+from dape_engine.encoding import PositionalEncoding
+from dape_kernels.attention import BACKENDS, select_backend
+from rich.console import Console
+from rich.table import Table
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EXAMPLES = {
+    "kerple": (PositionConfig(kind="kerple"), None),
+    "DAPE-Kerple": (PositionConfig(kind="kerple"), DapeConfig()),
+    "DAPE-FIRE": (PositionConfig(kind="fire"), DapeConfig()),
+    "DAPE V2-Kerple": (PositionConfig(kind="kerple"), DapeConfig(version=2, kernel=3)),
+    "CoPE": (PositionConfig(kind="cope"), None),
+}
+
+
+@click.command()
+def backends() -> None:
+    """List the attention backends, what each can run here, and which one is chosen."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    table = Table("device", "dtype", "encoding", *BACKENDS, "chosen")
+    for device in devices:
+        for dtype in DTYPES:
+            for name, (position, dape) in EXAMPLES.items():
+                encoding = PositionalEncoding(position, dape, 12, 64).encoding()
+                reasons = [b.unsupported(encoding, dtype, device) for b in BACKENDS.values()]
+                chosen = select_backend("auto", encoding, dtype, device).name
+                shown = ["yes" if reason is None else reason for reason in reasons]
+                table.add_row(str(device), str(dtype).removeprefix("torch."), name, *shown, chosen)
+    Console().print(table)
