@@ -24,15 +24,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import psutil
 import torch
 import yaml
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
 from dape_engine.config import ModelConfig
 from dape_engine.engine import AsyncEngine
 from dape_engine.model import DapeForCausalLM, initialise
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams
 from dape_engine.weights import DEFAULT_MODEL, resolve_model, save_model_folder
-from rich.console import Console
-from rich.table import Table
-from tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PREFILL_LENGTHS = (512, 2048, 8192, 16384)
@@ -100,7 +101,9 @@ async def measure(folder: Path, repeats: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"prefill": {}, "decode": {}, "peak_rss_mib": {}, "cache_mib": room >> 20}
     for length in PREFILL_LENGTHS:
         with PeakMemory() as memory:
-            times = [await prefill_seconds(engine, length, run) for run in range(repeats if length < 8192 else 1)]
+            times = [
+                await prefill_seconds(engine, length, run) for run in range(repeats if length < 8192 else 1)
+            ]
         figures["prefill"][length] = length / statistics.median(times)
         figures["peak_rss_mib"][length] = memory.peak >> 20
     for context in DECODE_CONTEXTS:

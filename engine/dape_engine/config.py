@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from dape_kernels.encoding import FORMS
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dape_kernels.encoding import FORMS
 
 Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]

@@ -6,23 +6,25 @@ so that training differentiates through it and serving tabulates it once.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dape_engine.config import WITHOUT_BIAS, DapeConfig, PositionConfig
 from dape_kernels.bias import (
     LEAKY_SLOPE,
+    T5,
     Alibi,
     Bias,
     Fire,
     KerpleLog,
     KerplePower,
     Sandwich,
-    T5,
     alibi_slopes,
 )
 from dape_kernels.encoding import FORMS, Cope, Encoding, dape_from_parameters
-from torch import Tensor, nn
-from torch.nn import functional
-
-from dape_engine.config import WITHOUT_BIAS, DapeConfig, PositionConfig
 
 T5_BUCKETS = 32
 
@@ -33,6 +35,18 @@ class PositionalEncoding(nn.Module):
     Parameters carry the official names: `slopes`, `bias_p`, `bias_a`, `c`, `init_L`, `L_multiplier`,
     `mlp.*` (FIRE), `weight` (T5), `pos_emb` (CoPE) and `mlp2.*` (DAPE).
     """
+
+    # Which of these exist depends on the kind and on whether there is a DAPE network.
+    slopes: Tensor
+    bias_p: Tensor
+    bias_a: Tensor
+    c: Tensor
+    L_multiplier: Tensor
+    init_L: Tensor
+    weight: nn.Parameter
+    pos_emb: Tensor
+    mlp: nn.Sequential
+    mlp2: nn.Sequential
 
     def __init__(self, position: PositionConfig, dape: DapeConfig | None, heads: int, head_dim: int):
         super().__init__()
@@ -85,14 +99,7 @@ class PositionalEncoding(nn.Module):
             form = self.dape_config.form
             if self.position.kind in WITHOUT_BIAS:
                 form = "score_only"
-            dape = dape_from_parameters(
-                form,
-                _wide(self.mlp2[0].weight),
-                _wide(self.mlp2[0].bias),
-                _wide(self.mlp2[2].weight),
-                _wide(self.mlp2[2].bias),
-                right_edge=self.dape_config.right_edge,
-            )
+            dape = dape_from_parameters(form, *_two_layers(self.mlp2), right_edge=self.dape_config.right_edge)
         cope = Cope(_wide(self.pos_emb)[0]) if self.position.kind == "cope" else None
         return Encoding(self.heads, self.head_dim, self._bias(), dape, cope)
 
@@ -105,20 +112,20 @@ class PositionalEncoding(nn.Module):
             case "kerple_power":
                 return KerplePower(_wide(self.bias_p), _wide(self.bias_a))
             case "fire":
-                return Fire(
-                    _wide(self.c),
-                    (_wide(self.L_multiplier) * self.init_L).abs(),
-                    _wide(self.mlp[0].weight),
-                    _wide(self.mlp[0].bias),
-                    _wide(self.mlp[2].weight),
-                    _wide(self.mlp[2].bias),
-                    functional.relu if self.dape_config is None else functional.leaky_relu,
-                )
+                activation = functional.relu if self.dape_config is None else functional.leaky_relu
+                threshold = (_wide(self.L_multiplier) * self.init_L).abs()
+                return Fire(_wide(self.c), threshold, *_two_layers(self.mlp), activation)
             case "t5":
                 return T5(_wide(self.weight), self.head_dim)
             case "sandwich":
                 return Sandwich(self.heads, self.position.dimension)
         return None
+
+
+def _two_layers(network: nn.Sequential) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return weight and bias of the first and the last layer of a network of two."""
+    first, last = cast("nn.Linear", network[0]), cast("nn.Linear", network[2])
+    return _wide(first.weight), _wide(first.bias), _wide(last.weight), _wide(last.bias)
 
 
 def _wide(tensor: Tensor) -> Tensor:

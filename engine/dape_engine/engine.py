@@ -10,15 +10,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
 from dape_engine.cache import BlockPool
 from dape_engine.errors import (
     ContextLengthError,
+    DapeError,
     EngineStoppedError,
     RequestError,
     SettingsError,
@@ -36,6 +38,7 @@ from dape_engine.request import (
     WindowScores,
 )
 from dape_engine.runner import ChunkResult, ModelRunner
+from dape_engine.sampling import SamplerState
 from dape_engine.scheduler import Scheduler, Step
 from dape_engine.sequence import Sequence
 from dape_engine.tokenizer import TextTokenizer
@@ -112,27 +115,28 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         with self._lock:
             self._stopping = True
-            self._fail_all(EngineStoppedError("the engine has stopped before the request was finished"))
+            stopped = EngineStoppedError("the server has stopped before the request was finished")
+            self._fail(set(self._jobs.values()), stopped)
             self._work.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
 
     def state(self) -> EngineState:
-        """Return a snapshot without waiting for the engine."""
-        busy = bool(self._jobs)
-        return EngineState(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            free_blocks=self._pool.num_free,
-            total_blocks=self.num_blocks,
-            cached_blocks=self._pool.num_cached,
-            steps=self._steps,
-            seconds_since_progress=time.monotonic() - self._progress if busy else 0.0,
-            stopped=self._draining or not self._thread.is_alive(),
-            failure=self._failure,
-        )
+        """Return a snapshot without waiting for a step."""
+        with self._lock:
+            return EngineState(
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting),
+                free_blocks=self._pool.num_free,
+                total_blocks=self.num_blocks,
+                cached_blocks=self._pool.num_cached,
+                steps=self._steps,
+                seconds_since_progress=time.monotonic() - self._progress if self._jobs else 0.0,
+                stopped=self._draining or not self._thread.is_alive(),
+                failure=self._failure,
+            )
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationOutput]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
         """Yield the outputs of one completion; closing the iterator aborts the request.
 
         Raises:
@@ -148,11 +152,12 @@ class AsyncEngine:
                 f"is {total} tokens, above the limit of {self.max_model_len}",
                 param="max_tokens" if len(request.prompt) < self.max_model_len else "prompt",
             )
-        async for item in self._drive(GenerationJob(request, self.tokenizer)):
-            if isinstance(item, GenerationOutput):
-                yield item
+        job = GenerationJob(request, self.tokenizer, self.config.vocab_size)
+        async with aclosing(self._drive(job)) as items:
+            async for item in items:
+                yield cast("GenerationOutput", item)
 
-    async def score(self, request: ScoreRequest) -> AsyncIterator[WindowScores]:
+    async def score(self, request: ScoreRequest) -> AsyncGenerator[WindowScores, None]:
         """Yield the scores of each window, in order; closing the iterator aborts the request.
 
         Raises: as `generate`.
@@ -163,12 +168,13 @@ class AsyncEngine:
                 raise RequestError(f"{window} does not fit an input of {len(request.token_ids)} tokens")
             if window.end - window.start > self.max_model_len:
                 raise ContextLengthError(
-                    f"a window of {window.end - window.start} tokens is above the limit of {self.max_model_len}",
+                    f"a window of {window.end - window.start} tokens is above "
+                    f"the limit of {self.max_model_len}",
                     param="context_length",
                 )
-        async for item in self._drive(ScoreJob(request)):
-            if isinstance(item, WindowScores):
-                yield item
+        async with aclosing(self._drive(ScoreJob(request))) as items:
+            async for item in items:
+                yield cast("WindowScores", item)
 
     def _check_tokens(self, token_ids: tuple[int, ...]) -> None:
         if not token_ids:
@@ -178,7 +184,7 @@ class AsyncEngine:
             if not 0 <= token < vocab:
                 raise RequestError(f"token id {token} is outside 0 to {vocab - 1}", param="prompt")
 
-    async def _drive(self, job: Job) -> AsyncIterator[object]:
+    async def _drive(self, job: Job) -> AsyncGenerator[object, None]:
         """Submit a job, yield its items until it has finished, and abort it if the client leaves."""
         self._submit(job)
         try:
@@ -191,82 +197,72 @@ class AsyncEngine:
 
     def _submit(self, job: Job) -> None:
         with self._lock:
+            if not self._jobs:
+                self._progress = time.monotonic()
             if self._draining or not self._thread.is_alive():
                 raise EngineStoppedError(self._failure or "the server is shutting down")
-            for sequence in job.next_sequences():
-                self._scheduler.add(sequence)
+            for place, sequence in enumerate(job.next_sequences()):
+                self._scheduler.add(sequence, accepted=place > 0)
                 self._jobs[sequence] = job
             self._work.notify()
 
     def _abort(self, job: Job) -> None:
+        """End a job whose client has left; nothing happens if it has finished."""
         with self._lock:
-            if job.finish_reason is not None:
-                return
-            job.finish_reason = "abort"
-            self._release(job)
-        self._report(job)
+            if job.finish_reason is None:
+                self._fail([job], None)
 
-    def _release(self, job: Job) -> None:
-        """Give back everything an unfinished job holds."""
-        for sequence in job.sequences:
-            if self._jobs.pop(sequence, None) is not None:
-                self._scheduler.abort(sequence)
-
-    def _fail(self, jobs: Iterable[Job], error: DapeError) -> None:
+    def _fail(self, jobs: Iterable[Job], error: DapeError | None) -> None:
+        """End jobs before their time, giving back all they hold; the lock is held."""
         for job in jobs:
-            job.finish_reason = "abort"
-            self._release(job)
-            job.mailbox.close(error)
+            for sequence in job.sequences:
+                if self._jobs.pop(sequence, None) is not None:
+                    self._scheduler.finish(sequence)
+            job.finish("abort", error)
+            job.mailbox.flush()
             self._report(job)
 
     def _report(self, job: Job) -> None:
+        job.mark(finished=time.monotonic())
         if self._observer is not None:
-            job.mark(finished=time.monotonic())
             self._observer.on_finished(job.stats())
 
     def _run(self) -> None:
         """Run steps until the engine stops: the body of the engine's thread."""
         try:
-            while True:
-                with self._lock:
-                    while not self._jobs and not self._stopping:
-                        self._progress = time.monotonic()
-                        self._work.wait()
-                    if self._stopping:
-                        return
-                    step = self._scheduler.schedule()
-                self._execute(step)
+            while self._step():
+                pass
         except BaseException as error:
-            # Only a defect leads here: say so in /health and answer everyone who waits.
-            logger.exception("the engine has failed")
+            # Only a defect leads here: say so in the state and answer everyone who waits.
             self._failure = f"the engine has failed: {type(error).__name__}"
+            logger.exception("the engine has failed")
             with self._lock:
                 self._fail(set(self._jobs.values()), EngineStoppedError(self._failure))
-            raise
 
-    def _execute(self, step: Step) -> None:
-        """Run one step and hand its results to the jobs."""
-        started = time.monotonic()
+    def _step(self) -> bool:
+        """Wait for work and do one step of it; return False when the engine is to stop."""
         with self._lock:
+            self._work.wait_for(lambda: self._jobs or self._stopping)
+            if self._stopping:
+                return False
+            started = time.monotonic()
+            step = self._scheduler.schedule()
             states = self._begin(step, started)
         try:
             results = self._runner.run(step.chunks, states)
         except Exception as error:
             logger.exception("a step has failed")
-            jobs = {self._jobs[c.sequence] for c in step.chunks if c.sequence in self._jobs}
             with self._lock:
+                jobs = {self._jobs[c.sequence] for c in step.chunks if c.sequence in self._jobs}
                 self._fail(jobs, StepError(f"the model failed on this request: {type(error).__name__}"))
-            return
+            return True
         with self._lock:
-            touched = self._apply(step, results)
-        for job in touched:
-            job.mailbox.flush()
-            if job.finish_reason is not None:
-                self._report(job)
+            gaps = self._apply(step, results, time.monotonic())
         self._steps += 1
         self._progress = time.monotonic()
         if self._observer is not None:
-            self._observer.on_step(_step_stats(step, results, touched, self._progress - started))
+            self._observer.on_step(_step_stats(step, results, gaps, self._progress - started))
+        return True
 
     def _begin(self, step: Step, now: float) -> dict[Sequence, SamplerState]:
         """Note which requests begin, and return the sampler states of those that generate."""
@@ -278,22 +274,45 @@ class AsyncEngine:
                 states[chunk.sequence] = job.state
         return states
 
-    def _apply(self, step: Step, results: list[ChunkResult]) -> list[Job]:
-        """Commit a step and let every job take its results; return the jobs that did."""
+    def _apply(self, step: Step, results: list[ChunkResult], now: float) -> list[float]:
+        """Commit a step and let every job take its results; return the times between tokens."""
         self._scheduler.commit(step)
+        gaps = []
         touched: dict[Job, None] = {}
         for chunk, result in zip(step.chunks, results, strict=True):
             job = self._jobs.get(chunk.sequence)
             if job is None:
                 continue  # aborted while the model ran
             touched[job] = None
+            if result.sampled is not None and (gap := job.token_gap(now)) is not None:
+                gaps.append(gap)
             if job.advance(chunk.sequence, result):
                 self._scheduler.finish(chunk.sequence)
                 del self._jobs[chunk.sequence]
                 for sequence in job.next_sequences():
-                    self._scheduler.add(sequence)
+                    self._scheduler.add(sequence, accepted=True)
                     self._jobs[sequence] = job
-        return list(touched)
+        for job in touched:
+            job.mailbox.flush()
+            if job.finish_reason is not None:
+                self._report(job)
+        return gaps
+
+
+def _step_stats(step: Step, results: list[ChunkResult], gaps: list[float], seconds: float) -> StepStats:
+    rows = sum(chunk.count for chunk in step.chunks)
+    generated = sum(result.sampled is not None for result in results)
+    return StepStats(
+        seconds=seconds,
+        num_tokens=rows,
+        num_prefill_tokens=sum(c.count for c in step.chunks if c.start < c.sequence.prompt_length),
+        num_generated_tokens=generated,
+        num_scored_tokens=sum(len(result.scored) for result in results),
+        num_preempted=len(step.preempted),
+        prefix_queries=step.prefix_queries,
+        prefix_hits=step.prefix_hits,
+        inter_token_seconds=tuple(gaps),
+    )
 
 
 def _device(options: EngineOptions) -> torch.device:
@@ -305,8 +324,6 @@ def _device(options: EngineOptions) -> torch.device:
 
 def _dtype(options: EngineOptions, stored: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the weights in memory: on a CPU float32, exact and no slower here."""
-    name = options.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else stored
-    dtype: torch.dtype = getattr(torch, name)
+    automatic = "float32" if device.type == "cpu" else stored
+    dtype: torch.dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
     return dtype

@@ -1,13 +1,13 @@
 """Everything the engine refuses or fails at, with an HTTP status and a stable code.
 
-    DapeError
-    ├── ModelFolderError      a model folder is missing, damaged or inconsistent   (exit code 2)
-    ├── SettingsError         a flag or setting is wrong                           (exit code 2)
-    ├── RequestError          the request itself is wrong                          400
-    │   └── ContextLengthError    prompt and max_tokens do not fit                 400
-    ├── QueueFullError        too many requests wait                               429
-    ├── EngineStoppedError    the engine is stopping or has stopped                503
-    └── StepError             a step of the model failed                           500
+DapeError
+├── ModelFolderError      a model folder is missing, damaged or inconsistent   (exit code 2)
+├── SettingsError         a flag or setting is wrong                           (exit code 2)
+├── RequestError          the request itself is wrong                          400
+│   └── ContextLengthError    prompt and max_tokens do not fit                 400
+├── QueueFullError        too many requests wait                               429
+├── EngineStoppedError    the engine is stopping or has stopped                503
+└── StepError             a step of the model failed                           500
 """
 
 from __future__ import annotations

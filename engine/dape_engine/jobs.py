@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Literal
 
-from dape_engine.detokenizer import IncrementalDetokenizer
+from dape_engine.detokenizer import OutputText
 from dape_engine.request import (
     FinishReason,
     GenerationOutput,
@@ -81,6 +81,7 @@ class Job(ABC):
         self.num_scored = 0
         self.num_cached = 0
         self.num_preemptions = 0
+        self._last_token: float | None = None
 
     @abstractmethod
     def next_sequences(self) -> list[Sequence]:
@@ -100,10 +101,19 @@ class Job(ABC):
             self.mark(scheduled=now)
             self.num_cached = sequence.num_cached
 
-    def finish(self, reason: FinishReason) -> None:
+    def token_gap(self, now: float) -> float | None:
+        """Note a token at `now` seconds of the monotonic clock; return the time since the last one."""
+        gap = None if self._last_token is None else now - self._last_token
+        if gap is None:
+            self.mark(first_token=now)
+        self._last_token = now
+        return gap
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request."""
         self.finish_reason = reason
-        self.mailbox.close()
+        self.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
+        self.mailbox.close(error)
 
     def _count(self, sequence: Sequence, result: ChunkResult) -> None:
         sequence.num_scored += len(result.scored)
@@ -132,7 +142,7 @@ class GenerationJob(Job):
 
     kind = "generate"
 
-    def __init__(self, request: GenerationRequest, tokenizer: TextTokenizer) -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: TextTokenizer, vocab_size: int) -> None:
         super().__init__(request.request_id)
         self.request = request
         sampling = request.sampling
@@ -145,8 +155,8 @@ class GenerationJob(Job):
             top_logprobs=request.prompt_logprobs or 0,
             priority=GENERATION_PRIORITY,
         )
-        self.state = SamplerState(sampling, request.prompt, tokenizer.eos_token_id)
-        self.text = IncrementalDetokenizer(tokenizer, sampling)
+        self.state = SamplerState(sampling, request.prompt, tokenizer.eos_token_id, vocab_size)
+        self.text = OutputText(tokenizer, sampling)
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
 
     def next_sequences(self) -> list[Sequence]:
@@ -171,7 +181,7 @@ class GenerationJob(Job):
         self.sequence.tokens.append(sampled.token_id)
         self.state.append(sampled.token_id)
         piece = self.text.push(sampled.token_id)
-        reason = piece.finish_reason
+        reason: FinishReason | None = piece.finish_reason
         text = piece.text
         if reason is None and self.sequence.num_generated >= sampling.max_tokens:
             reason = "length"

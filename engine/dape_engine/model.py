@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,12 +29,15 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.position = PositionalEncoding(config.position, config.dape, self.heads, config.head_dim)
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend
+    ) -> Tensor:
         qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, -1))
         query, key, value = qkv.unbind(-2)
         if rotary is not None:
             query, key = rotary(query, key, positions)
-        return self.dense(attend(layer, query, key, value).flatten(-2))
+        output: Tensor = self.dense(attend(layer, query, key, value).flatten(-2))
+        return output
 
 
 class Mlp(nn.Module):
@@ -47,7 +49,8 @@ class Mlp(nn.Module):
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(functional.gelu(self.linear1(x)))
+        output: Tensor = self.linear2(functional.gelu(self.linear1(x)))
+        return output
 
 
 class Layer(nn.Module):
@@ -61,11 +64,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend
+    ) -> Tensor:
         attended = x + self.attention(self.input_layernorm(x), positions, rotary, layer, attend)
-        if self.parallel_residual:
-            return attended + self.mlp(self.post_attention_layernorm(x))
-        return attended + self.mlp(self.post_attention_layernorm(attended))
+        source = x if self.parallel_residual else attended
+        output: Tensor = attended + self.mlp(self.post_attention_layernorm(source))
+        return output
 
 
 class DapeForCausalLM(nn.Module):
@@ -75,7 +80,9 @@ class DapeForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers: list[Layer] = nn.ModuleList(  # type: ignore[assignment]  # a list to its readers
+            Layer(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -112,11 +119,8 @@ class DapeForCausalLM(nn.Module):
             x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, positions, self.rotary, index, attend)
-        return self.norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., h]."""
-        return self.final_linear(hidden)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
 
 def initialise(model: DapeForCausalLM) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -22,8 +22,8 @@ class EngineOptions(BaseModel):
     """auto: the same as dtype."""
     attention_backend: Literal["auto", "reference", "chunked"] = "auto"
     """Attention kernel; `dape backends` lists what runs here."""
-    attention_workspace: Annotated[int, Field(ge=1 << 20)] = 32 << 20
-    """Bytes of scratch memory of one attention call, whatever the context length."""
+    attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(32 << 20)
+    """Scratch memory of one attention call, whatever the context length, e.g. 64MiB."""
     max_model_len: Positive | None = None
     """Longest prompt plus completion, in tokens; by default the model's own."""
     max_num_seqs: Positive = 32
@@ -32,8 +32,8 @@ class EngineOptions(BaseModel):
     """Tokens of one step over all sequences."""
     max_num_queued_reqs: Positive = 256
     """Requests that may wait; further ones are refused."""
-    kv_cache_memory: Positive = 1 << 30
-    """Bytes of the KV cache over all layers."""
+    kv_cache_memory: Annotated[ByteSize, Field(gt=0)] = ByteSize(1 << 30)
+    """Size of the KV cache over all layers, e.g. 4GiB."""
     block_size: Positive = 16
     """Tokens of one cache block."""
     threads: Positive | None = None

@@ -6,23 +6,24 @@ of queues, text or clients. Letters: T rows of the step, h hidden size.
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
-from dape_kernels.attention import paged_attention, select_backend
-from dape_kernels.paged import RaggedBatch
 from torch import Tensor
 
 from dape_engine.errors import SettingsError
 from dape_engine.model import DapeForCausalLM
 from dape_engine.options import EngineOptions
-from dape_engine.output_layer import score_targets
+from dape_engine.output_layer import logits, score_targets
 from dape_engine.request import TokenLogprob
 from dape_engine.sampling import SamplerState, sample
 from dape_engine.scheduler import Chunk
 from dape_engine.sequence import Sequence
+from dape_kernels.attention import paged_attention, select_backend
+from dape_kernels.paged import RaggedBatch
 
 
 @dataclass(slots=True)
@@ -62,13 +63,18 @@ class ModelRunner:
             )
         self.caches = [
             self.backend.allocate(
-                self.num_blocks, self.block_size, config.num_attention_heads, config.head_dim, dtype, self.device
+                self.num_blocks,
+                self.block_size,
+                config.num_attention_heads,
+                config.head_dim,
+                dtype,
+                self.device,
             )
             for _ in range(config.num_hidden_layers)
         ]
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk], states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
+    def run(self, chunks: abc.Sequence[Chunk], states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
         """Compute the rows of every chunk and return one result per chunk, in order.
 
         Args:
@@ -82,7 +88,7 @@ class ModelRunner:
         self._sample(chunks, batch, hidden, states, results)
         return results
 
-    def _batch(self, chunks: list[Chunk]) -> RaggedBatch:
+    def _batch(self, chunks: abc.Sequence[Chunk]) -> RaggedBatch:
         width = max(len(chunk.sequence.blocks) for chunk in chunks)
         tables = torch.zeros(len(chunks), width, dtype=torch.int32)
         for row, chunk in enumerate(chunks):
@@ -95,11 +101,12 @@ class ModelRunner:
             block_size=self.block_size,
         )
 
-    def _hidden(self, chunks: list[Chunk], batch: RaggedBatch) -> Tensor:
+    def _hidden(self, chunks: abc.Sequence[Chunk], batch: RaggedBatch) -> Tensor:
         """Run all layers and return the hidden states [T, h] after the final norm."""
         spans = [(c.sequence, range(c.start, c.start + c.count)) for c in chunks]
         token_ids = torch.tensor(
-            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]], device=self.device
+            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]],
+            device=self.device,
         )
         positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
         slots = batch.slots()
@@ -116,7 +123,7 @@ class ModelRunner:
         return hidden
 
     def _score(
-        self, chunks: list[Chunk], batch: RaggedBatch, hidden: Tensor, results: list[ChunkResult]
+        self, chunks: abc.Sequence[Chunk], batch: RaggedBatch, hidden: Tensor, results: list[ChunkResult]
     ) -> None:
         """Fill in the log-probabilities of prompt tokens, grouped by the number of alternatives."""
         groups: dict[int, list[tuple[int, range]]] = {}
@@ -129,14 +136,11 @@ class ModelRunner:
             if rows:
                 groups.setdefault(sequence.top_logprobs, []).append((index, rows))
         for top, members in groups.items():
-            rows = [
-                batch.query_starts[index] + p - chunks[index].start for index, span in members for p in span
-            ]
-            targets = [chunks[index].sequence.tokens[p + 1] for index, span in members for p in span]
-            scored = self._logprobs(hidden[rows], targets, top)
+            places = [batch.query_starts[i] - chunks[i].start + p for i, span in members for p in span]
+            targets = [chunks[i].sequence.tokens[p + 1] for i, span in members for p in span]
+            scored = iter(self._logprobs(hidden[places], targets, top))
             for index, span in members:
-                results[index].scored = scored[: len(span)]
-                scored = scored[len(span) :]
+                results[index].scored = list(islice(scored, len(span)))
 
     def _logprobs(self, hidden: Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
         weight = self.model.final_linear.weight
@@ -150,7 +154,7 @@ class ModelRunner:
 
     def _sample(
         self,
-        chunks: list[Chunk],
+        chunks: abc.Sequence[Chunk],
         batch: RaggedBatch,
         hidden: Tensor,
         states: Mapping[Sequence, SamplerState],
@@ -160,14 +164,13 @@ class ModelRunner:
         ending = [
             index
             for index, chunk in enumerate(chunks)
-            if chunk.sequence.sampling is not None
-            and chunk.start + chunk.count == chunk.sequence.num_rows
+            if chunk.sequence.sampling is not None and chunk.start + chunk.count == chunk.sequence.num_rows
         ]
         if not ending:
             return
         rows = [batch.query_starts[index + 1] - 1 for index in ending]
-        logits = self.model.logits(hidden[rows]).float()
-        drawn = sample(logits, [states[chunks[index].sequence] for index in ending])
+        scores = logits(hidden[rows], self.model.final_linear.weight)
+        drawn = sample(scores, [states[chunks[index].sequence] for index in ending])
         for index, token in zip(ending, drawn, strict=True):
             results[index].sampled = token
 

@@ -97,7 +97,9 @@ def save_model_folder(folder: Path, model: DapeForCausalLM, tokenizer: Tokenizer
         narrow = tensor.is_floating_point() and ".position." not in name
         tensors[name] = tensor.detach().to("cpu", dtype if narrow else tensor.dtype).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
+    # Of the position only what was set: the settings of other kinds would be noise.
+    settings = {**config.model_dump(), "position": config.position.model_dump(exclude_unset=True)}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

@@ -28,8 +28,10 @@ T5_BUCKET_STARTS = (16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 
 class Bias(Protocol):
     """The bias that one layer adds to its scaled scores."""
 
-    distance_only: bool
-    """True if the bias depends on n alone, so that one table per layer holds all of it."""
+    @property
+    def distance_only(self) -> bool:
+        """Whether the bias depends on n alone, so that one table per layer holds all of it."""
+        ...
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the bias [H, *broadcast(query, key)] of integer positions with key <= query.

@@ -39,7 +39,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, encoding: Encodin
     with torch.autocast(query.device.type, enabled=False):
         hidden, residual = _static_parts(encoding, torch.arange(query.shape[2], device=query.device))
     dape = encoding.dape
-    output: Tensor = _DenseAttention.apply(
+    output: Tensor = _DenseAttention.apply(  # type: ignore[no-untyped-call]
         query.transpose(0, 1),
         key.transpose(0, 1),
         value.transpose(0, 1),
@@ -133,11 +133,10 @@ class _DenseAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         grad_residual = query.new_zeros((heads, tokens, tokens), dtype=wide)
-        grad_hidden = grad_score_weight = grad_out_weight = None
-        if score_weight is not None:
-            grad_hidden = query.new_zeros((len(score_weight), tokens, tokens), dtype=wide)
-            grad_score_weight = torch.zeros_like(score_weight, dtype=wide)
-            grad_out_weight = torch.zeros_like(out_weight, dtype=wide)
+        width = 0 if score_weight is None else len(score_weight)
+        grad_hidden = query.new_zeros((width, tokens, tokens), dtype=wide)
+        grad_score_weight = query.new_zeros((width, heads), dtype=wide)
+        grad_out_weight = query.new_zeros((heads, width), dtype=wide)
         blocks = _blocks(sequences, tokens)
         for (seqs, rows, keys), scores, activated, weights in zip(
             blocks, saved[0::3], saved[1::3], saved[2::3], strict=True
@@ -145,7 +144,9 @@ class _DenseAttention(torch.autograd.Function):
             q, k, v = _batched(query, seqs, rows), _batched(key, seqs, keys), _batched(value, seqs, keys)
             grad_out = _batched(gradient, seqs, rows)
             pairs = (-1, q.shape[1], k.shape[1])
-            grad_value[:, seqs, keys] += torch.bmm(weights.transpose(1, 2), grad_out).unflatten(0, (heads, -1))
+            grad_value[:, seqs, keys] += torch.bmm(weights.transpose(1, 2), grad_out).unflatten(
+                0, (heads, -1)
+            )
             grad_adapted = torch.bmm(grad_out, v.transpose(1, 2))
             grad_adapted = grad_adapted.sub_(_batched(delta, seqs, rows)).mul_(weights).view(heads, -1)
             grad_residual[:, rows, keys] += grad_adapted.view(heads, *pairs).sum(1)
@@ -167,9 +168,7 @@ class _DenseAttention(torch.autograd.Function):
             grad_key,
             grad_value,
             grad_residual,
-            grad_hidden,
-            grad_score_weight,
-            grad_out_weight,
+            *((grad_hidden, grad_score_weight, grad_out_weight) if width else (None, None, None)),
             None,
             None,
         )

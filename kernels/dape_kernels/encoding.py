@@ -6,6 +6,7 @@ kernel implements one formula, not one per form. Letters: H heads, D hidden widt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -141,7 +142,7 @@ class Encoding:
     @property
     def scale(self) -> float:
         """Factor 1 / sqrt(d) of q k, applied before any bias and before DAPE."""
-        return self.head_dim**-0.5
+        return 1 / math.sqrt(self.head_dim)
 
     @property
     def tabular(self) -> bool:
@@ -162,16 +163,17 @@ class Encoding:
         if self.dape is None:
             return None, bias
         dape = self.dape
-        flat = bias.flatten(1)
+        flat = bias.flatten(1).to(dape.hidden_bias.dtype)
         hidden = torch.addmm(dape.hidden_bias[:, None], dape.bias_weight[..., 0], flat)
         residual = (flat if dape.keeps_bias else torch.zeros_like(flat)) + dape.out_bias[:, None]
         return hidden.unflatten(1, bias.shape[1:]), residual.unflatten(1, bias.shape[1:])
 
-    def with_tables(self, length: int) -> Encoding:
+    def with_tables(self, length: int, device: torch.device | None = None) -> Encoding:
         """Return this encoding with its tables for distances 0 to length - 1, if it has any."""
         if not self.tabular:
             return self
-        device = self.dape.hidden_bias.device if self.dape else None
+        if device is None and self.dape is not None:
+            device = self.dape.hidden_bias.device
         distance = torch.arange(length, device=device)
         hidden, residual = self.split(self.static_bias(distance, torch.zeros_like(distance)))
         return replace(self, tables=Tables(hidden, residual))

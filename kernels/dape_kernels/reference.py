@@ -1,8 +1,8 @@
 """The definition of every encoding: plain, materialised, differentiable attention scores.
 
 Every other backend is tested against this file, and this file against tensors made by the official
-code. It stores [H, N, N] tensors freely: never use it on long input. Letters: B sequences, H heads,
-N queries and keys, d head size.
+code. It stores [H, M, N] tensors freely: never use it on long input. Letters: B sequences, H heads,
+N keys, M queries, which are the last M of the N positions, d head size.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from dape_kernels.encoding import Cope, Dape, Encoding
 
 
 def reference_scores(query: Tensor, key: Tensor, encoding: Encoding) -> Tensor:
-    """Return the adapted scores [B, H, N, N] before the causal mask.
+    """Return the adapted scores [B, H, M, N] before the causal mask.
 
     Args:
-        query, key: [B, H, N, d], rotated already where the encoding is rotary.
+        query, key: [B, H, M, d] and [B, H, N, d], rotated already where the encoding is rotary.
         encoding: the layer's score function.
     """
     scores = query @ key.transpose(-1, -2) * encoding.scale
-    position = torch.arange(query.shape[2], device=query.device)
     if encoding.cope is not None:
         return scores + _cope_bias(query, scores, encoding.cope)
-    bias = encoding.static_bias(position[:, None], position).to(scores.dtype)
+    position = torch.arange(key.shape[2], device=key.device)
+    bias = encoding.static_bias(position[-query.shape[2] :, None], position).to(scores.dtype)
     if encoding.dape is None:
         return scores + bias
     return adapt(scores, bias.expand_as(scores), encoding.dape)
 
 
 def adapt(scores: Tensor, bias: Tensor, dape: Dape) -> Tensor:
-    """Return [A] + [B] + f(A, B) of scores and biases [B, H, N, N] (DAPE eq. 3; V2 section 3)."""
+    """Return [A] + [B] + f(A, B) of scores and biases [B, H, M, N] (DAPE eq. 3; V2 section 3)."""
     reach = dape.kernel // 2
     weight = torch.cat([dape.score_weight, dape.bias_weight], 1).unsqueeze(2).to(scores.dtype)
     channels = torch.cat([scores, bias], 1)
     if dape.kernel > 1:
-        channels = channels.tril()
+        channels = channels.tril(_diagonal(channels))
     # Right of the last key the official code has zero padding; the extended rule computes the hidden
     # columns there from the zero channels, as rows inside a longer matrix do.
     extra = reach if dape.right_edge == "extended" else 0
@@ -51,10 +51,15 @@ def adapt(scores: Tensor, bias: Tensor, dape: Dape) -> Tensor:
     return change + (scores if dape.keeps_scores else 0) + (bias if dape.keeps_bias else 0)
 
 
+def _diagonal(scores: Tensor) -> int:
+    """Return the number of the diagonal where key and query position are equal, for `tril`."""
+    return scores.shape[-1] - scores.shape[-2]
+
+
 def _cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
     """CoPE (Golovneva et al. 2024, eq. 3 to 5): interpolate q e[p] at p = sum of gates from j to i."""
     last = cope.table.shape[1] - 1
-    gates = torch.sigmoid(scores).tril()
+    gates = torch.sigmoid(scores).tril(_diagonal(scores))
     position = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(last)
     logits = query @ cope.table.to(query.dtype)
     floor, ceil = position.floor(), position.ceil()
@@ -63,7 +68,12 @@ def _cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
 
 
 def reference_attention(query: Tensor, key: Tensor, value: Tensor, encoding: Encoding) -> Tensor:
-    """Return causal attention [B, H, N, d] by materialising every score."""
-    scores = reference_scores(query, key, encoding)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+    """Return causal attention [B, H, M, d] by materialising every score."""
+    scores = causal(reference_scores(query, key, encoding))
+    return scores.softmax(-1) @ value
+
+
+def causal(scores: Tensor) -> Tensor:
+    """Return scores [..., M, N] with minus infinity where the key is after the query."""
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(future.triu(_diagonal(scores) + 1), float("-inf"))

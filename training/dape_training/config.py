@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from dape_engine.config import ModelConfig
 from pydantic import BaseModel, ConfigDict, Field
+
+from dape_engine.config import ModelConfig
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -46,7 +47,10 @@ def load_training_config(path: Path, overrides: dict[str, object]) -> TrainingCo
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: it does not hold settings by name.
         pydantic.ValidationError: a setting is unknown, missing or out of range.
     """
     settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict):
+        raise ValueError("expected settings by name")
     return TrainingConfig.model_validate({**settings, **overrides})

@@ -17,8 +17,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 def read_documents(path: Path) -> list[str]:
     """Return the "text" of every line of a JSON Lines file, compressed by xz or not."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as lines:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in lines]
 
 
@@ -69,4 +69,4 @@ def validation_batches(tokens: np.ndarray, length: int, batch_size: int, batches
     windows = (len(tokens) - 1) // length
     chosen = np.linspace(0, windows - 1, min(batches * batch_size, windows), dtype=np.int64)
     rows = [torch.from_numpy(tokens[w * length : (w + 1) * length + 1].astype(np.int64)) for w in chosen]
-    return list(torch.stack(rows).split(batch_size))
+    return list(torch.split(torch.stack(rows), batch_size))

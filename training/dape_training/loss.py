@@ -24,7 +24,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows, wanted, grad in zip(
-            hidden.split(ROWS), targets.split(ROWS), grad_hidden.split(ROWS), strict=True
+            *(torch.split(tensor, ROWS) for tensor in (hidden, targets, grad_hidden)), strict=True
         ):
             logits = (rows @ narrow.t()).float()
             log_sum = logits.logsumexp(-1, keepdim=True)
@@ -55,5 +55,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         weight: [V, h].
         targets: int64 [T].
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss

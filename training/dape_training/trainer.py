@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from dape_engine.model import DapeForCausalLM, initialise
-from dape_engine.weights import save_model_folder
-from dape_kernels.dense import dense_attention
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dape_engine.model import DapeForCausalLM, initialise
+from dape_engine.weights import save_model_folder
+from dape_kernels.dense import dense_attention
+from dape_training.card import write_model_card
 from dape_training.config import TrainingConfig
 from dape_training.data import (
     read_documents,
@@ -31,6 +32,7 @@ from dape_training.loss import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 VALIDATION_BATCHES = 20
+METRICS = "metrics.jsonl"
 
 
 class NextTokenLoss(nn.Module):
@@ -79,7 +81,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def train(config: TrainingConfig, folder: Path) -> None:
     """Train the model of `config`, resuming from `folder` where it holds a checkpoint.
 
-    Writes `checkpoint/`, `metrics.jsonl`, tensorboard events and the finished model folder `model/`.
+    Writes `checkpoint/`, `metrics.jsonl`, tensorboard events and the model folder `model/` with its card.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -115,6 +117,8 @@ def train(config: TrainingConfig, folder: Path) -> None:
                 if accelerator.is_main_process:
                     (folder / "checkpoint" / "step").write_text(str(step))
                     save_model_folder(folder / "model", model, tokenizer)
+    if accelerator.is_main_process:
+        write_model_card(folder / "model", config, folder / METRICS)
 
 
 def _prepare_data(
@@ -205,5 +209,5 @@ class RunLog:
             return
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        with (self.folder / "metrics.jsonl").open("a") as lines:
+        with (self.folder / METRICS).open("a") as lines:
             lines.write(json.dumps({"step": step, **values}) + "\n")

@@ -12,8 +12,9 @@ from importlib import import_module
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import click
-from dape_engine.errors import DapeError
 from rich.logging import RichHandler
+
+from dape_engine.errors import DapeError
 
 COMMANDS = ("serve", "generate", "score", "evaluate", "train", "backends")
 

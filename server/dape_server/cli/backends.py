@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 import torch
+from rich.console import Console
+from rich.table import Table
+
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
 from dape_kernels.attention import BACKENDS, select_backend
-from rich.console import Console
-from rich.table import Table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXAMPLES = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams
-
 from dape_server.cli.model import running_engine, split_model
 from dape_server.cli.options import config_option, settings_options
 
@@ -32,7 +32,7 @@ def generate(model_and_prompt: tuple[str, ...], **options: Any) -> None:
     folder, rest = split_model(model_and_prompt)
     if len(rest) != 1:
         raise click.UsageError(f"expected [MODEL] PROMPT, got {len(rest)} prompts or an unknown model")
-    prompt = click.get_text_stream("stdin").read() if rest[0] == "-" else rest[0]
+    prompt = sys.stdin.read() if rest[0] == "-" else rest[0]
     asyncio.run(_generate(folder, prompt, options))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from dape_engine.engine import AsyncEngine
 from dape_engine.options import EngineOptions
 from dape_engine.weights import DEFAULT_MODEL, SHIPPED, resolve_model
-
 from dape_server.cli.options import build_settings
 
 

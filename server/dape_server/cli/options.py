@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 import yaml
-from dape_engine.errors import SettingsError
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
+
+from dape_engine.errors import SettingsError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -64,6 +65,8 @@ def build_settings(model: type[Settings], values: dict[str, Any]) -> Settings:
 def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     kind = _plain_type(field.annotation)
     default = field.get_default(call_default_factory=True)
+    if isinstance(default, ByteSize):
+        default = default.human_readable()
     shown = f" [default: {default}]" if default not in (None, (), []) else ""
     settings: dict[str, Any] = {
         "envvar": f"DAPE_{name.upper()}",
@@ -73,6 +76,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     flag = "--" + name.replace("_", "-")
     if get_origin(kind) is Literal:
         settings["type"] = click.Choice([str(choice) for choice in get_args(kind)])
+    elif kind is ByteSize:
+        settings["type"] = str
     elif get_origin(kind) in (tuple, list):
         settings.update(type=str, multiple=True)
     elif kind is bool:

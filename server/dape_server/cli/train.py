@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 import yaml
-from dape_engine.errors import SettingsError
 from pydantic import ValidationError
+
+from dape_engine.errors import SettingsError
 
 
 @click.command()
@@ -36,7 +37,9 @@ def train(config: Path, out: Path | None, overrides: tuple[str, ...]) -> None:
         from dape_training.config import load_training_config
         from dape_training.trainer import train as run
     except ImportError as error:
-        raise SettingsError(f"training needs the extra packages: pip install 'dape-serve[train]' ({error})") from error
+        raise SettingsError(
+            f"training needs the extra packages: pip install 'dape-serve[train]' ({error})"
+        ) from error
     try:
         settings = load_training_config(config, dict(_parse(item) for item in overrides))
         run(settings, out or Path("runs") / config.stem)

@@ -1,0 +1,104 @@
+"""The output layer, hidden states times vocabulary, in float32 and in pieces of bounded size.
+
+It never holds a [rows, vocabulary] buffer while scoring. Letters: R rows, h hidden size, V vocabulary,
+k alternatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dape_engine.errors import StepError
+
+WORKSPACE = 32 << 20
+"""Bytes of scratch memory of one call, unless the caller says otherwise."""
+
+
+def logits(hidden: Tensor, weight: Tensor, *, workspace: int = WORKSPACE) -> Tensor:
+    """Return the logits float32 [R, V]: products of the given values, exact but for float32 sums.
+
+    Args:
+        hidden: [R, h], any float type; few rows, since the result holds all their logits.
+        weight: [V, h], any float type; narrow weights are widened piece by piece.
+        workspace: bytes of scratch memory for the widened weights.
+    """
+    result = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
+    wide = hidden.float()
+    for first, piece in _pieces(weight, workspace):
+        torch.mm(wide, piece.t(), out=result[:, first : first + len(piece)])
+    return result
+
+
+def score_targets(
+    hidden: Tensor, weight: Tensor, targets: Tensor, top: int = 0, *, workspace: int = WORKSPACE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probability of one token per row and of the most likely tokens at its place.
+
+    The log-sum-exp runs over pieces of the vocabulary. Target and alternatives are read from the same
+    numbers: where the target is the most likely token, both log-probabilities are equal to the bit.
+
+    Args:
+        hidden: [R, h], any float type.
+        weight: [V, h], any float type.
+        targets: int64 [R], on the device of `hidden`.
+        top: number of alternatives; k = min(top, V).
+        workspace: bytes of scratch memory, half for widened weights and half for logits.
+
+    Returns:
+        Log-probabilities float32 [R], token ids int64 [R, k] and log-probabilities float32 [R, k] of the
+        alternatives, most likely first.
+
+    Raises:
+        StepError: a logit is not finite.
+    """
+    count, vocab_size = len(hidden), len(weight)
+    k = min(top, vocab_size)
+    peak = hidden.new_full((count,), -math.inf, dtype=torch.float32)
+    total = torch.zeros_like(peak)
+    own = torch.zeros_like(peak)
+    values = peak[:, None].repeat(1, k)
+    ids = torch.zeros_like(values, dtype=torch.int64)
+    for first, piece in _pieces(weight, workspace // 2):
+        step = max(1, workspace // 2 // (4 * len(piece)))
+        for rows in (slice(start, start + step) for start in range(0, count, step)):
+            scores = hidden[rows].float() @ piece.t()
+            _take_own(scores, targets[rows] - first, own[rows])
+            if k:
+                _merge_top(scores, first, values[rows], ids[rows])
+            highest = torch.maximum(peak[rows], scores.amax(-1))
+            total[rows] *= (peak[rows] - highest).exp_()
+            total[rows] += scores.sub_(highest[:, None]).exp_().sum(-1)
+            peak[rows] = highest
+    log_total = total.log_()
+    logprobs = own - peak - log_total
+    if not math.isfinite(logprobs.sum().item()):
+        raise StepError("the model's logits are not finite")
+    return logprobs, ids, values - peak[:, None] - log_total[:, None]
+
+
+def _pieces(weight: Tensor, workspace: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first token, weights float32 [tokens, h]) so that one widened piece fits the workspace."""
+    step = max(1, workspace // (4 * weight.shape[1]))
+    for first in range(0, len(weight), step):
+        yield first, weight[first : first + step].float()
+
+
+def _take_own(scores: Tensor, places: Tensor, own: Tensor) -> None:
+    """Copy the targets' scores into `own` [rows] where their places [rows] lie in this piece."""
+    inside = (places >= 0) & (places < scores.shape[1])
+    found = scores.gather(1, places.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
+    own.copy_(torch.where(inside, found, own))
+
+
+def _merge_top(scores: Tensor, first: int, values: Tensor, ids: Tensor) -> None:
+    """Merge the best of a piece's scores [rows, tokens] into the best so far, in place."""
+    best = scores.topk(min(values.shape[1], scores.shape[1]))
+    values_both = torch.cat([values, best.values], -1)
+    ids_both = torch.cat([ids, best.indices + first], -1)
+    merged = values_both.topk(values.shape[1])
+    values.copy_(merged.values)
+    ids.copy_(ids_both.gather(1, merged.indices))

@@ -1,0 +1,139 @@
+"""The one entry to attention over a paged cache, and the registry of what can compute it.
+
+A backend is one file and one line of `BACKENDS`. Letters: T rows of a ragged batch, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dape_kernels.chunked import ChunkedBackend
+from dape_kernels.encoding import Encoding
+from dape_kernels.paged import RaggedBatch
+from dape_kernels.reference_backend import ReferenceBackend
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer; how a block is laid out is the backend's own affair."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        ...
+
+    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Store keys and values [T, H, d] of new tokens in their slots, int64 [T]."""
+        ...
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values [H, n, d] in slots, int64 [n]."""
+        ...
+
+
+Cache = TypeVar("Cache", bound=LayerCache)
+
+
+class Backend(Protocol[Cache]):
+    """One way to compute attention."""
+
+    @property
+    def name(self) -> str:
+        """The name in `BACKENDS`."""
+        ...
+
+    def unsupported(self, encoding: Encoding, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return why layers with this encoding and cache cannot run here, None if they can."""
+        ...
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Cache:
+        """Return an empty cache for one layer."""
+        ...
+
+    def attend(
+        self, query: Tensor, cache: Cache, batch: RaggedBatch, encoding: Encoding, workspace: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `paged_attention`."""
+        ...
+
+
+# The first that supports a layer is chosen, so the fastest come first.
+BACKENDS: dict[str, Backend[Any]] = {
+    backend.name: backend for backend in (ChunkedBackend(), ReferenceBackend())
+}
+
+
+def select_backend(name: str, encoding: Encoding, dtype: torch.dtype, device: torch.device) -> Backend[Any]:
+    """Return the backend `name`, or with "auto" the first of `BACKENDS` that supports the layer.
+
+    Args:
+        name: "auto" or a key of `BACKENDS`.
+        encoding: the layer's score function.
+        dtype: of the cache.
+        device: of the cache and the queries.
+
+    Raises:
+        ValueError: no such backend, or none of those allowed can run the layer; with the reasons.
+    """
+    if name != AUTO and name not in BACKENDS:
+        known = ", ".join([AUTO, *BACKENDS])
+        raise ValueError(f"unknown attention backend {name!r}, expected one of {known}")
+    reasons: list[str] = []
+    for backend in BACKENDS.values() if name == AUTO else (BACKENDS[name],):
+        reason = backend.unsupported(encoding, dtype, device)
+        if reason is None:
+            why = "asked for" if name != AUTO else "; ".join([*reasons, "first that supports the model"])
+            logger.info("attention backend %s (%s)", backend.name, why)
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise ValueError(f"no attention backend can run the model: {'; '.join(reasons)}")
+
+
+def paged_attention(
+    query: Tensor,
+    cache: LayerCache,
+    batch: RaggedBatch,
+    encoding: Encoding,
+    *,
+    backend: Backend[Any],
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the rows of a ragged batch to the cached keys of their sequences.
+
+    Args:
+        query: [T, H, d], rotated already where the encoding is rotary.
+        cache: made by `backend.allocate`; holds the keys and values of all positions, new rows included.
+        batch: which rows belong to which sequence.
+        encoding: the layer's score function. `Encoding.with_tables` for the longest context saves
+            tabulating it in every call.
+        backend: see `select_backend`.
+        workspace: bytes of temporary memory, whatever the lengths of the contexts.
+
+    Returns:
+        The attention output [T, H, d] in the dtype of `query`, and the log-sum-exp [T, H] of every row's
+        scores in float32 (float64 for float64 queries), by which partial results can be merged.
+
+    Raises:
+        ValueError: the workspace is too small for one row and one key.
+    """
+    return backend.attend(query, cache, batch, encoding, workspace)

@@ -1,0 +1,5 @@
+"""`python -m dape_server` is `dape`."""
+
+from dape_server.cli import main
+
+main()

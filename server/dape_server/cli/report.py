@@ -1,0 +1,60 @@
+"""Tables, plots and progress bars that the scoring commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dape_engine.errors import SettingsError
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Return the lengths of "128,512,2048".
+
+    Raises:
+        SettingsError: an entry is not a whole number.
+    """
+    try:
+        return sorted({int(entry) for entry in text.split(",")})
+    except ValueError as error:
+        raise SettingsError(f"--lengths {text}: expected whole numbers with commas between them") from error
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """Return 128, 256, 512, ... up to a limit."""
+    return [128 << step for step in range(32) if 128 << step <= limit]
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar on stderr: silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def plot_lengths(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str) -> None:
+    """Draw perplexity over context length, one curve of (length, perplexity, error) per name."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in curves.items():
+        lengths, values, errors = zip(*points, strict=True)
+        axes.errorbar(lengths, values, errors, marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for points in curves.values() for length, _, _ in points})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot write the plot {path}: {error}") from error
+    finally:
+        pyplot.close(figure)

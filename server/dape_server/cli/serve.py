@@ -1,0 +1,42 @@
+"""`dape serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from dape_engine.engine import AsyncEngine
+from dape_engine.options import EngineOptions
+from dape_engine.weights import DEFAULT_MODEL, resolve_model
+from dape_server.app import create_app
+from dape_server.cli.options import build_settings, config_option, settings_options
+from dape_server.metrics import Metrics
+from dape_server.run import serve as run
+from dape_server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+
+@click.command()
+@click.argument("model", default=DEFAULT_MODEL, metavar="[MODEL]", envvar="DAPE_MODEL")
+@config_option
+@settings_options(ServerSettings)
+@settings_options(EngineOptions)
+def serve(model: str, **options: Any) -> None:
+    """Serve MODEL, a folder or the name of a shipped model, over HTTP."""
+    settings = build_settings(ServerSettings, options)
+    folder = resolve_model(model)
+    metrics = Metrics(settings.served_model_name or folder.resolve().name)
+    engine = AsyncEngine(folder, build_settings(EngineOptions, options), metrics)
+    logger.info(
+        "%s: attention %s, %d blocks of %d tokens, up to %d tokens a request",
+        engine.model_name,
+        engine.backend_name,
+        engine.num_blocks,
+        engine.block_size,
+        engine.max_model_len,
+    )
+    logger.info("serving on http://%s:%d", settings.host, settings.port)
+    run(create_app(engine, settings, metrics))

@@ -1,0 +1,99 @@
+"""What the routes share: the engine, the settings, the metrics and the server's phase."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
+
+from dape_engine.config import ModelConfig
+from dape_engine.request import (
+    EngineState,
+    GenerationOutput,
+    GenerationRequest,
+    ScoreRequest,
+    WindowScores,
+)
+from dape_engine.tokenizer import TextTokenizer
+from dape_server.errors import HttpError, shorten
+from dape_server.lifecycle import Lifecycle
+from dape_server.metrics import Metrics
+from dape_server.settings import ServerSettings
+from dape_server.text import TextService
+
+
+class Engine(Protocol):
+    """The part of `dape_engine.engine.AsyncEngine` that the server uses."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's settings."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's tokenizer."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model folder."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens."""
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+
+    async def shutdown(self, drain_seconds: float) -> None:
+        """Refuse new work, finish or abort the running work by the deadline, stop."""
+
+    def state(self) -> EngineState:
+        """Return a snapshot at once."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
+        """Yield the outputs of one completion; closing aborts it."""
+
+    def score(self, request: ScoreRequest) -> AsyncGenerator[WindowScores, None]:
+        """Yield the scores of each window in order; closing aborts the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One server's parts."""
+
+    engine: Engine
+    settings: ServerSettings
+    metrics: Metrics
+    lifecycle: Lifecycle
+    texts: TextService
+    started: int
+    """Unix time in seconds."""
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests and answers."""
+        return self.settings.served_model_name or self.engine.model_name
+
+    def check_model(self, name: str | None) -> None:
+        """Accept the served model's name, or none.
+
+        Raises:
+            HttpError: 404, the name is another.
+        """
+        if name is not None and name != self.model_name:
+            raise HttpError(
+                404,
+                f"model: {shorten(name)!r} is not served here; {self.model_name!r} is",
+                code="model_not_found",
+                param="model",
+            )
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+ServerContext = Annotated[Context, Depends(_context)]

@@ -1,0 +1,1 @@
+"""Bodies of requests and answers, as pydantic models. Importing this package runs nothing."""

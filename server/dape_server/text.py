@@ -1,0 +1,134 @@
+"""Prompts to token ids, off the event loop and within bounds that are checked before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from anyio import CapacityLimiter, to_thread
+
+from dape_engine.detokenizer import IncrementalDetokenizer
+from dape_engine.errors import ContextLengthError, RequestError
+from dape_engine.tokenizer import TextTokenizer
+from dape_server.errors import shorten
+from dape_server.limits import MAX_TEXT_BYTES
+from dape_server.protocol.common import Prompt
+
+T = TypeVar("T")
+LONG = 1 << 16
+"""Characters or tokens from which work is done one piece at a time: it takes memory and a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as token ids, and as text where it came as text."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+
+
+class TextService:
+    """The tokenizer as the routes use it."""
+
+    def __init__(self, tokenizer: TextTokenizer, vocab_size: int):
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        ids = range(tokenizer.vocab_size)
+        self._longest_token = max((len(tokenizer.token_bytes(token)) for token in ids), default=1)
+        self._adds_bos = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        self._long_work = CapacityLimiter(1)
+
+    async def encode(
+        self,
+        prompts: tuple[Prompt, ...],
+        field: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[EncodedPrompt]:
+        """Return the prompts as token ids; given ids are checked and kept.
+
+        Args:
+            prompts: texts or token ids.
+            field: name of the request's field, for errors.
+            add_special_tokens: whether texts get the tokenizer's own special tokens.
+            max_tokens: length above which a text is refused without tokenising it, where its bytes alone
+                tell that it is longer.
+
+        Raises:
+            RequestError: a token id is not in the vocabulary, or the texts are too long in all.
+            ContextLengthError: a text cannot fit `max_tokens`.
+        """
+        budget = MAX_TEXT_BYTES
+        for index, prompt in enumerate(prompts):
+            place = f"[{index}]" if len(prompts) > 1 else ""
+            if isinstance(prompt, str):
+                budget -= self._check_text(prompt, field, place, max_tokens)
+            else:
+                self.check_ids(prompt, field, place)
+        if budget < 0:
+            total = MAX_TEXT_BYTES - budget
+            raise RequestError(
+                f"{field}: {total} bytes of text are above the limit of {MAX_TEXT_BYTES}", param=field
+            )
+        return [await self._encode(prompt, field, add_special_tokens) for prompt in prompts]
+
+    def check_ids(self, token_ids: Sequence[int], field: str, place: str = "") -> None:
+        """Refuse ids outside the model's vocabulary.
+
+        Raises:
+            RequestError: names the first of them.
+        """
+        for index, token in enumerate(token_ids):
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"{field}{place}[{index}]: token id must be from 0 to {self.vocab_size - 1}, "
+                    f"got {shorten(str(token))}",
+                    param=field,
+                )
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """Return the text of checked token ids, special tokens included."""
+        decode = partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
+        return await self._in_thread(decode, len(token_ids))
+
+    async def offsets(self, token_ids: tuple[int, ...], text: str) -> list[int]:
+        """Return where each token of a prompt begins in its text, in characters.
+
+        Tokens that the tokenizer put before the text begin at 0.
+        """
+        return await self._in_thread(partial(self._offsets, token_ids, text), len(token_ids))
+
+    def _offsets(self, token_ids: tuple[int, ...], text: str) -> list[int]:
+        detokenizer = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=False)
+        begins, length = [], 0
+        for token in token_ids:
+            begins.append(length)
+            length += len(detokenizer.push(token))
+        shift = length + len(detokenizer.finish()) - len(text)
+        return [min(max(begin - shift, 0), len(text)) for begin in begins]
+
+    def _check_text(self, text: str, field: str, place: str, max_tokens: int | None) -> int:
+        size = len(text.encode())
+        if max_tokens is not None and size > max_tokens * self._longest_token:
+            raise ContextLengthError(
+                f"{field}{place}: {size} bytes of text are more than {max_tokens} tokens, the limit, "
+                f"can hold ({self._longest_token} bytes each at most)",
+                param=field,
+            )
+        return size
+
+    async def _encode(self, prompt: Prompt, field: str, add_special_tokens: bool) -> EncodedPrompt:
+        if not isinstance(prompt, str):
+            return EncodedPrompt(prompt, None)
+        encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens, param=field)
+        ids = await self._in_thread(encode, len(prompt))
+        if add_special_tokens and self._adds_bos and ids[1:2] == [self.tokenizer.bos_token_id]:
+            # The text spells the token itself.
+            ids = ids[1:]
+        return EncodedPrompt(tuple(ids), prompt)
+
+    async def _in_thread(self, work: Callable[[], T], size: int) -> T:
+        return await to_thread.run_sync(work, limiter=self._long_work if size > LONG else None)

@@ -1,0 +1,46 @@
+"""Small models with random weights, written as model folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dape_engine.config import ModelConfig
+from dape_engine.model import DapeForCausalLM, initialise
+from dape_engine.weights import save_model_folder
+from dape_training.data import train_tokenizer
+
+TEXT = [
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of "
+    "foolishness, it was the epoch of belief, it was the epoch of incredulity — “naïve” 🙂."
+]
+DAPE_KERPLE = {"position": {"kind": "kerple"}, "dape": {"width": 8}}
+
+
+def write_model(folder: Path, *, max_model_len: int = 512, **settings: Any) -> Path:
+    """Write a two-layer model of 4 heads x 8 with weights far from their initial values."""
+    tokenizer = train_tokenizer(TEXT, 300)
+    config = ModelConfig.model_validate(
+        {
+            "vocab_size": 304,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "train_length": 32,
+            "max_model_len": max_model_len,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **(settings or DAPE_KERPLE),
+        }
+    )
+    torch.manual_seed(0)
+    model = DapeForCausalLM(config)
+    initialise(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    save_model_folder(folder, model, tokenizer)
+    return folder

@@ -1,0 +1,163 @@
+"""Training: the data, the loss, resuming, and that a short run learns."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TEXT
+from torch.nn import functional
+
+from dape_engine.weights import load_model
+from dape_training.config import TrainingConfig, load_training_config
+from dape_training.data import (
+    read_documents,
+    tokenize_documents,
+    train_tokenizer,
+    training_batches,
+    validation_batches,
+)
+from dape_training.loss import linear_cross_entropy
+from dape_training.trainer import learning_rate, train
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainingConfig:
+    data = tmp_path / "text.jsonl.xz"
+    with lzma.open(data, "wt", encoding="utf-8") as lines:
+        for _ in range(20):
+            lines.write(json.dumps({"text": TEXT[0] * 3}) + "\n")
+    return TrainingConfig.model_validate(
+        {
+            "model": {
+                "vocab_size": 300,
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+                "train_length": 16,
+                "max_model_len": 64,
+                "position": {"kind": "kerple"},
+                "dape": {"width": 8},
+            },
+            "train_data": data,
+            "valid_data": data,
+            "batch_size": 8,
+            "steps": 40,
+            "learning_rate": 1e-2,
+            "min_learning_rate": 1e-3,
+            "warmup_steps": 4,
+            "precision": "no",
+            "validate_every": 20,
+            "checkpoint_every": 20,
+        }
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_short_run_learns_and_leaves_a_model_folder(config: TrainingConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "run")
+    curve = losses(tmp_path / "run")
+    assert curve[40] < curve[10] - 0.5
+    model = load_model(tmp_path / "run" / "model", torch.float32, torch.device("cpu"))
+    assert model.config == config.model
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "DAPE over kerple" in card
+    assert (tmp_path / "run" / "model" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_equals_an_unbroken_one(config: TrainingConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "whole")
+    # The schedule depends on the number of steps, so the break is made by a checkpoint half way.
+    broken = tmp_path / "broken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dape_training.trainer.learning_rate", interrupt_at(20))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, broken)
+    train(config, broken)
+    assert losses(broken)[40] == pytest.approx(losses(tmp_path / "whole")[40], abs=1e-4)
+
+
+def interrupt_at(step: int):
+    def rate(config: TrainingConfig, current: int) -> float:
+        if current == step:
+            raise KeyboardInterrupt
+        return learning_rate(config, current)
+
+    return rate
+
+
+def test_the_rate_warms_up_and_falls_to_its_minimum(config: TrainingConfig) -> None:
+    rates = [learning_rate(config, step) for step in range(41)]
+    assert rates[0] == pytest.approx(1e-2 / 4)
+    assert rates[3] == pytest.approx(1e-2)
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[40] == pytest.approx(1e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_batches_cover_an_epoch_once_and_resume_anywhere() -> None:
+    tokens = np.arange(1000, dtype=np.int32)
+    first = list(islice(training_batches(tokens, 10, 4, seed=3), 24))
+    starts = torch.cat(first)[:, 0]
+    assert len(starts.unique()) == len(starts) == 96
+    assert all(torch.equal(row, row[0] + torch.arange(11)) for batch in first for row in batch)
+    later = list(islice(training_batches(tokens, 10, 4, seed=3, first_step=5), 19))
+    assert all(torch.equal(a, b) for a, b in zip(first[5:], later, strict=True))
+    other = next(training_batches(tokens, 10, 4, seed=3, first_step=24))
+    assert not torch.equal(other, first[0])
+
+
+def test_validation_windows_are_spread_over_the_text() -> None:
+    batches = validation_batches(np.arange(1000, dtype=np.int32), 10, 4, 5)
+    starts = torch.cat(batches)[:, 0]
+    assert len(starts) == 20
+    assert (int(starts.min()), int(starts.max())) == (0, 980)
+
+
+def test_the_tokenizer_round_trips_any_text() -> None:
+    tokenizer = train_tokenizer(TEXT, 300)
+    for text in (TEXT[0], "日本語 and 🙂", "\x00\t\n  spaces"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    tokens = tokenize_documents(["a", "b"], tokenizer)
+    assert tokens.tolist()[1::2] == [0, 0]
+
+
+def test_documents_are_read_from_plain_and_compressed_files(tmp_path: Path, config: TrainingConfig) -> None:
+    (tmp_path / "plain.jsonl").write_text('{"text": "é"}\n{"text": "b"}\n')
+    assert read_documents(tmp_path / "plain.jsonl") == ["é", "b"]
+    assert len(read_documents(config.train_data)) == 20
+
+
+@pytest.mark.parametrize("count", [1, 511, 1030])
+def test_the_chunked_loss_equals_cross_entropy(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    hidden = torch.randn(count, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 50, (count,), generator=generator)
+    actual = linear_cross_entropy(hidden, weight, targets) * 3
+    expected = functional.cross_entropy(hidden @ weight.t(), targets) * 3
+    assert torch.allclose(actual, expected, rtol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(actual, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    config = load_training_config(path, {})
+    assert config.warmup_steps < config.steps

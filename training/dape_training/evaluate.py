@@ -1,0 +1,121 @@
+"""Perplexity by context length on the same target tokens, the paper's way to show extrapolation.
+
+For several ends in every document, the last 256 tokens before the end are scored with ever more context.
+The targets are equal at all lengths, so differences between lengths are effects of context alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dape_engine.engine import AsyncEngine
+from dape_engine.errors import RequestError
+from dape_engine.request import ScoreRequest
+from dape_engine.scoring import covering
+
+
+@dataclass(frozen=True, slots=True)
+class LengthResult:
+    """Perplexity at one context length; errors take each end of a document as one sample."""
+
+    length: int
+    num_scored: int
+    mean_nll: float
+    """Natural logarithm, per token."""
+    stderr: float
+    """Of the perplexity, by the delta method."""
+    change: float
+    """Of the mean NLL from the shortest length."""
+    change_stderr: float
+    """Of that change, paired by end."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(mean_nll)."""
+        return math.exp(self.mean_nll)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the numbers by name."""
+        return {
+            "length": self.length,
+            "num_scored": self.num_scored,
+            "perplexity": self.perplexity,
+            "stderr": self.stderr,
+            "mean_nll": self.mean_nll,
+            "change_from_shortest": self.change,
+            "change_stderr": self.change_stderr,
+        }
+
+
+def choose_ends(num_tokens: int, longest: int, count: int) -> list[int]:
+    """Return up to `count` ends spread evenly over a document, each with `longest` tokens before it.
+
+    The same tokens are never scored twice as long as the document is long enough for that.
+    """
+    room = num_tokens - longest
+    if room < 0:
+        return []
+    return sorted({longest + room * (index + 1) // count for index in range(count)})
+
+
+async def evaluate_lengths(
+    engine: AsyncEngine,
+    documents: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    ends_per_document: int,
+    score_last: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LengthResult]:
+    """Score every end of every document at every length.
+
+    Args:
+        engine: a started engine.
+        documents: token ids; those shorter than the greatest length are left out.
+        lengths: context lengths in tokens, the scored ones included.
+        ends_per_document: ends per document.
+        score_last: tokens scored before each end (256 in the paper).
+        progress: called with the tokens read so far and in all.
+
+    Raises:
+        RequestError: no document is long enough.
+    """
+    lengths = sorted(lengths)
+    # The windows of a short length that reach back to cover all targets may begin a little earlier.
+    longest = max(lengths[-1], lengths[0] + score_last)
+    ends = [(d, end) for d in documents for end in choose_ends(len(d), longest, ends_per_document)]
+    if not ends:
+        raise RequestError(f"no document has {longest} tokens", param="lengths")
+    samples: dict[int, list[float]] = {length: [] for length in lengths}
+    done, total = 0, len(ends) * sum(lengths)
+    for number, (document, end) in enumerate(ends):
+        for length in lengths:
+            windows = covering(end, length, score_last)
+            request = ScoreRequest(f"end-{number}-{length}", tuple(document), windows)
+            logprobs = [logprob async for scores in engine.score(request) for logprob in scores.logprobs]
+            samples[length].append(-math.fsum(logprobs) / score_last)
+            done += length
+            if progress is not None:
+                progress(done, total)
+    shortest = samples[lengths[0]]
+    results = []
+    for length in lengths:
+        mean, error = _mean_and_error(samples[length])
+        differences = [a - b for a, b in zip(samples[length], shortest, strict=True)]
+        scored = len(ends) * score_last
+        results.append(
+            LengthResult(length, scored, mean, math.exp(mean) * error, *_mean_and_error(differences))
+        )
+    return results
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error (0 for a single value)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
