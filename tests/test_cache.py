@@ -201,4 +201,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=30, derandomize=True, deadline=None)
+TestPoolMachine.settings = settings(max_examples=40, stateful_step_count=30, derandomize=True, deadline=None)

@@ -170,8 +170,6 @@ class Scheduler:
         elif sequence in self._queue:
             self._queue.remove(sequence)
 
-    abort = finish
-
     def schedule(self) -> Step:
         """Admit what fits and choose the rows of the next step; empty only if nothing runs or waits."""
         hits = sum(self._reuse(sequence) for sequence in self._running)

@@ -1,0 +1,179 @@
+"""A scheduler with a simulated model that checks every step, for tests of the scheduler alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dape_engine.cache import BlockPool, extend_block_keys
+from dape_engine.request import SamplingParams
+from dape_engine.scheduler import Chunk, Scheduler, Step
+from dape_engine.sequence import Sequence
+
+
+def next_token(prefix: tuple[int, ...]) -> int:
+    """Stand for a model: the next token depends on every token before it, and only on them."""
+    return (sum((place + 1) * token for place, token in enumerate(prefix)) + len(prefix)) % 3
+
+
+def pairs(chunk: Chunk) -> int:
+    return sum(position + 1 for position in range(chunk.start, chunk.start + chunk.count))
+
+
+class SimulatedEngine:
+    """A scheduler with a simulated model, whose cache stores in each slot the whole prefix it stands for.
+
+    Each row checks that the cache holds exactly its own prefix, so a block that was shared wrongly,
+    written while shared, taken too early or never filled is found at once.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 4,
+        *,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 16,
+        max_num_queued_reqs: int = 100,
+        max_prefill_pairs: int = 1 << 20,
+    ):
+        self.pool = BlockPool(num_blocks, block_size)
+        self.max_num_seqs = max_num_seqs
+        self.budget = max_num_batched_tokens
+        self.max_prefill_pairs = max_prefill_pairs
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_queued_reqs=max_num_queued_reqs,
+            max_prefill_pairs=max_prefill_pairs,
+        )
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.unfinished: list[Sequence] = []
+        self.scored: dict[Sequence, list[int]] = {}
+        self.admitted: list[Sequence] = []
+
+    def generate(self, tokens: list[int], max_tokens: int = 1, priority: int = 0) -> Sequence:
+        return self.add(Sequence("g", list(tokens), SamplingParams(max_tokens=max_tokens), priority=priority))
+
+    def score(self, tokens: list[int], score_from: int = 1, priority: int = 1) -> Sequence:
+        return self.add(Sequence("s", list(tokens), score_from=score_from, priority=priority))
+
+    def add(self, sequence: Sequence) -> Sequence:
+        self.scheduler.add(sequence)
+        self.unfinished.append(sequence)
+        self.scored[sequence] = []
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self.unfinished.remove(sequence)
+
+    def step(self, during: Callable[[], None] = lambda: None) -> Step:
+        """Run one step as the real engine does; `during` happens before the model has run."""
+        computed = {sequence: sequence.num_computed for sequence in self.scheduler.running}
+        decoding = [sequence for sequence in self.scheduler.running if sequence.is_decoding]
+        step = self.scheduler.schedule()
+        self.scheduler.check_invariants()
+        self.check(step, computed, decoding)
+        during()
+        for chunk in step.chunks:
+            self.compute(chunk)
+        self.scheduler.commit(step)
+        for chunk in step.chunks:
+            if chunk.sequence in self.scheduler.running:
+                self.advance(chunk)
+        self.scheduler.check_invariants()
+        return step
+
+    def check(self, step: Step, computed: dict[Sequence, int], decoding: list[Sequence]) -> None:
+        """Check what is promised of every single step."""
+        running = list(self.scheduler.running)
+        assert len(running) <= self.max_num_seqs
+        self.check_order(running)
+        chunks = {chunk.sequence: chunk for chunk in step.chunks}
+        assert len(chunks) == len(step.chunks)
+        assert sum(chunk.count for chunk in step.chunks) <= self.budget
+        assert all(sequence in chunks or sequence in step.preempted for sequence in decoding)
+        if self.unfinished:
+            assert step.chunks[0].sequence is running[0], "the first admitted always goes on"
+        for chunk in step.chunks:
+            before = computed.get(chunk.sequence, 0)
+            taken = chunk.start - before
+            assert taken >= 0
+            assert taken % self.pool.block_size == 0
+            assert not taken or chunk.start <= chunk.sequence.first_needed_row
+            assert chunk.count >= 1
+            assert chunk.start + chunk.count <= chunk.sequence.num_rows
+        prefills = [chunk for chunk in step.chunks if not chunk.sequence.is_decoding]
+        if len(prefills) < len(step.chunks) and prefills:
+            overdraft = pairs(min(prefills, key=lambda chunk: running.index(chunk.sequence)))
+            assert sum(map(pairs, prefills)) <= self.max_prefill_pairs + overdraft
+
+    def check_order(self, running: list[Sequence]) -> None:
+        """Admitted sequences keep their order for ever, and those running are the head of it."""
+        self.admitted += [sequence for sequence in running if sequence not in self.admitted]
+        preempted = [sequence for sequence in self.scheduler.waiting if sequence in self.admitted]
+        assert running + preempted == [sequence for sequence in self.admitted if sequence in self.unfinished]
+        for sequence in running:
+            keys: list[bytes] = []
+            extend_block_keys(keys, sequence.tokens, self.pool.block_size, len(sequence.block_keys))
+            assert sequence.block_keys == keys
+            assert len(keys) <= len(sequence.tokens) // self.pool.block_size
+            assert sequence.num_cached <= sequence.num_computed
+
+    def compute(self, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, self.pool.block_size
+        for position in range(chunk.start, chunk.start + chunk.count):
+            block = sequence.blocks[position // size]
+            holders = [other for other in self.scheduler.running if block in other.blocks]
+            assert holders in ([sequence], []), "a block that is written is shared"
+            self.memory[block, position % size] = tuple(sequence.tokens[: position + 1])
+        end = chunk.start + chunk.count
+        for position in range(end):
+            slot = sequence.blocks[position // size], position % size
+            assert self.memory[slot] == tuple(sequence.tokens[: position + 1])
+
+    def advance(self, chunk: Chunk) -> None:
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        if sequence.score_from is not None:
+            first = max(chunk.start, sequence.score_from + sequence.num_scored - 1)
+            new = [row + 1 for row in range(first, min(end, sequence.prompt_length - 1))]
+            self.scored[sequence] += new
+            sequence.num_scored += len(new)
+        if end < sequence.num_rows:
+            return
+        if sequence.sampling is not None:
+            sequence.tokens.append(next_token(tuple(sequence.tokens)))
+        if sequence.sampling is None or sequence.num_generated == sequence.sampling.max_tokens:
+            self.scheduler.finish(sequence)
+            self.unfinished.remove(sequence)
+            self.check_answer(sequence)
+
+    def check_answer(self, sequence: Sequence) -> None:
+        expected = sequence.tokens[: sequence.prompt_length]
+        for _ in range(sequence.num_generated):
+            expected.append(next_token(tuple(expected)))
+        assert sequence.tokens == expected
+        if sequence.score_from is not None:
+            assert self.scored[sequence] == list(range(sequence.score_from, sequence.prompt_length))
+
+    def run(self, limit: int = 1000) -> list[Step]:
+        """Run until all is done; fail after `limit` steps."""
+        steps: list[Step] = []
+        while self.unfinished:
+            assert len(steps) < limit, f"{len(self.unfinished)} sequences still wait"
+            steps.append(self.step())
+        assert self.pool.num_free == self.pool.num_blocks
+        self.pool.check_invariants([])
+        return steps
+
+
+def counts(step: Step, *sequences: Sequence) -> list[int]:
+    """Return the rows that each sequence has in a step."""
+    rows = {chunk.sequence: chunk.count for chunk in step.chunks}
+    return [rows.get(sequence, 0) for sequence in sequences]
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    """Return tokens that share no first block with those of another seed."""
+    return [seed, *(position % 7 for position in range(length - 1))]
