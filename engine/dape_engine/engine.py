@@ -45,6 +45,8 @@ from dape_engine.tokenizer import TextTokenizer
 from dape_engine.weights import load_config, load_model
 
 logger = logging.getLogger(__name__)
+STOP_SECONDS = 30
+"""Longest wait for the step under way when the engine stops."""
 
 
 class Observer(Protocol):
@@ -119,7 +121,7 @@ class AsyncEngine:
             self._fail(set(self._jobs.values()), stopped)
             self._work.notify()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     def state(self) -> EngineState:
         """Return a snapshot without waiting for a step."""
@@ -180,7 +182,7 @@ class AsyncEngine:
         if not token_ids:
             raise RequestError("the input is empty; at least 1 token is needed", param="prompt")
         vocab = self.config.vocab_size
-        for token in token_ids:
+        for token in (min(token_ids), max(token_ids)):
             if not 0 <= token < vocab:
                 raise RequestError(f"token id {token} is outside 0 to {vocab - 1}", param="prompt")
 
@@ -289,6 +291,7 @@ class AsyncEngine:
             if job.advance(chunk.sequence, result):
                 self._scheduler.finish(chunk.sequence)
                 del self._jobs[chunk.sequence]
+                job.num_preemptions += chunk.sequence.num_preemptions
                 for sequence in job.next_sequences():
                     self._scheduler.add(sequence, accepted=True)
                     self._jobs[sequence] = job

@@ -112,7 +112,6 @@ class Job(ABC):
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """End the request."""
         self.finish_reason = reason
-        self.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
         self.mailbox.close(error)
 
     def _count(self, sequence: Sequence, result: ChunkResult) -> None:

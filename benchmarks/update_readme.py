@@ -1,0 +1,77 @@
+"""Fill the README's tables from the measured numbers, so that no figure is typed by hand.
+
+Reads docs/results/extrapolation.json (`dape evaluate --json`) and benchmarks/results/long_context.json
+(`benchmarks/long_context.py --json`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    readme = REPOSITORY / "README.md"
+    text = readme.read_text()
+    text = replace(text, "results", extrapolation(read("docs/results/extrapolation.json")))
+    text = replace(text, "speed", speed(read("benchmarks/results/long_context.json")))
+    readme.write_text(text)
+
+
+def read(path: str) -> Any:
+    """Return the JSON of a file of this repository."""
+    return json.loads((REPOSITORY / path).read_text())
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """Put a table between the markers of a section."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table with the first column to the left and the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def extrapolation(results: Any) -> str:
+    """Return perplexity and its change by length, two columns for each model."""
+    models: dict[str, list[Any]] = results["models"]
+    header = ["context"]
+    for name in models:
+        header += [f"{name}", "change"]
+    rows = []
+    for entries in zip(*models.values(), strict=True):
+        cells = [str(entries[0]["length"])]
+        for entry in entries:
+            cells.append(f"{entry['perplexity']:.2f} ± {entry['stderr']:.2f}")
+            cells.append(f"{entry['change_from_shortest']:+.4f} ± {entry['change_stderr']:.4f}")
+        rows.append(cells)
+    return markdown(header, rows)
+
+
+def speed(results: Any) -> str:
+    """Return prefill, decode and memory, one column for each model."""
+    models: dict[str, Any] = results["models"]
+    rows = []
+    for group, label, unit in (
+        ("prefill", "prefill {} tokens", "tokens/s"),
+        ("decode", "decode {} cached tokens", "tokens/s"),
+        ("peak_rss_mib", "peak RSS, prompt of {}", "MiB"),
+    ):
+        for case in next(iter(models.values()))[group]:
+            values = [f"{figures[group][case]:,.0f} {unit}" for figures in models.values()]
+            rows.append([label.format(case), *values])
+    rows.append(["of which KV cache", *[f"{figures['cache_mib']} MiB" for figures in models.values()]])
+    machine = results["machine"]
+    note = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, float32."
+    return f"{note}\n\n" + markdown(["", *models], rows)
+
+
+if __name__ == "__main__":
+    main()
