@@ -112,7 +112,7 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_buffer_is_larger_than_the_workspace(dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs(100, 16, 3000, dtype)
-    with LargestResult() as seen:
+    with LargestResult() as seen:  # type: ignore[no-untyped-call]
         score_targets(hidden, weight, targets, 2, workspace=1 << 15)
     assert 0 < seen.bytes <= 1 << 15
 

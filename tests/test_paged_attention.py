@@ -70,7 +70,7 @@ SPANS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     layer=st.sampled_from([*LAYERS, *OFFICIAL]),
     spans=SPANS,
@@ -105,6 +105,16 @@ def test_chunked_equals_definition(
     expected, expected_lse = paged.expected(exact, torch.float64)
     assert relative_error(output, expected) < tolerance
     assert float((lse - expected_lse).abs().max()) < tolerance * max(1.0, float(expected_lse.abs().max()))
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, *OFFICIAL])
+@pytest.mark.parametrize("slack", [0, 20_000])
+def test_every_encoding_in_many_tiles(layer: str, slack: int) -> None:
+    """A tile of one pair, and tiles of some rows and keys, for chunks and decode rows together."""
+    encoding = random_encoding({**LAYERS, **OFFICIAL}[layer], 3, 5)
+    paged = random_batch([(37, 20), (50, 1), (5, 5), (41, 1), (3, 1)])
+    output = attend(paged, encoding, smallest_workspace(paged, encoding) + slack)
+    assert relative_error(output, paged.expected(encoding, torch.float64)[0]) < 1e-9
 
 
 @pytest.mark.parametrize("layer", LAYERS)
