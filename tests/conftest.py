@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dape_kernels.attention import BACKENDS, Backend
 from golden import Golden
 
 REPOSITORY = Path(__file__).parents[1]
-# A larger set may lie beside the repository.
-GOLDEN_FOLDERS = (REPOSITORY / "tests/data/golden", REPOSITORY.parent / "shared/golden")
+# A larger set may lie beside the repository; a small one is part of it.
+GOLDEN_FOLDERS = (REPOSITORY.parent / "shared/golden", REPOSITORY / "tests/data/golden")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,18 +21,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         type=Path,
         metavar="DIR",
-        help="folder of golden .safetensors files to test against instead of the default ones; repeatable",
+        help="folder of golden .safetensors files to test against; repeatable",
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "golden" in metafunc.fixturenames:
-        given: list[Path] | None = metafunc.config.getoption("--golden")
-        paths = [path for folder in given or GOLDEN_FOLDERS for path in sorted(folder.glob("*.safetensors"))]
-        if not paths:
-            raise pytest.UsageError(f"no .safetensors files in {', '.join(map(str, given or GOLDEN_FOLDERS))}")
-        unique = {path.stem if given else path.name: path for path in paths}
-        metafunc.parametrize("golden", unique.values(), ids=list(unique), indirect=True)
+    if "golden" not in metafunc.fixturenames:
+        return
+    folders = metafunc.config.getoption("--golden") or [next(filter(Path.is_dir, GOLDEN_FOLDERS))]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    if not paths:
+        raise pytest.UsageError(f"no .safetensors files in {', '.join(map(str, folders))}")
+    metafunc.parametrize("golden", paths, ids=[path.stem for path in paths], indirect=True)
 
 
 @pytest.fixture

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from dape_engine.config import DapeConfig, PositionConfig
-from dape_engine.encoding import PositionalEncoding, Rotary
-from dape_kernels.encoding import Encoding
 from safetensors import safe_open
 from torch import Tensor
+
+from dape_engine.config import DapeConfig, PositionConfig
+from dape_engine.encoding import PositionalEncoding, Rotary
+from dape_kernels.encoding import Encoding, RightEdge
 
 KINDS = {"t5rpe": "t5"}  # where our name differs from the file's
 
@@ -46,7 +47,7 @@ class Golden:
             settings = {"max_positions": tensors["param.pos_emb"].shape[-1]}
         return PositionConfig(kind=KINDS.get(about["pos"], about["pos"]), **settings)
 
-    def dape_config(self, right_edge: Literal["extended", "official"]) -> DapeConfig | None:
+    def dape_config(self, right_edge: RightEdge) -> DapeConfig | None:
         about = self.about
         if about["dape"] == "none":
             return None
@@ -57,9 +58,7 @@ class Golden:
             right_edge=right_edge,
         )
 
-    def encoding(
-        self, dtype: torch.dtype, right_edge: Literal["extended", "official"] = "official"
-    ) -> Encoding:
+    def encoding(self, dtype: torch.dtype, right_edge: RightEdge = "official") -> Encoding:
         """The layer's score function with the parameters of the file."""
         heads, head_dim = self.about["heads"], self.about["head_dim"]
         module = PositionalEncoding(self.position_config(), self.dape_config(right_edge), heads, head_dim)

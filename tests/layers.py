@@ -8,13 +8,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
 from dape_kernels.attention import Backend, LayerCache
 from dape_kernels.encoding import FORMS, Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import causal, reference_scores
-from torch import Tensor
 
 WITH_BIAS = {
     "alibi": PositionConfig(kind="alibi"),
@@ -27,10 +28,7 @@ WITH_BIAS = {
 NOPE = PositionConfig(kind="nope")
 COPE = PositionConfig(kind="cope", max_positions=6)
 V1 = DapeConfig(width=7)
-V2 = {
-    f"v2-k{kernel}": DapeConfig(version=2, width=5, kernel=kernel)
-    for kernel in (1, 3, 5)
-}
+V2 = {f"v2-k{kernel}": DapeConfig(version=2, width=5, kernel=kernel) for kernel in (1, 3, 5)}
 Layer = tuple[PositionConfig, DapeConfig | None]
 
 # Every encoding that agrees with itself however a sequence is cut into chunks.

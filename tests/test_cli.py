@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from models import TEXT, write_model
 
 from dape_engine.errors import DapeError
 from dape_server.cli import cli, main
+from models import TEXT, write_model
 
 SMALL = ["--kv-cache-memory", "1MiB"]
 

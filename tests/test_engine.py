@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_model
 
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import (
@@ -34,6 +33,7 @@ from dape_engine.request import (
 )
 from dape_engine.weights import load_model
 from dape_kernels.reference import reference_attention
+from models import write_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
 SMALL: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 4, "max_num_batched_tokens": 64}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import RequestError
 from dape_engine.options import EngineOptions

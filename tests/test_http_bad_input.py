@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from fakes import CANARY, COMPLETIONS, JSON, PERPLEXITY, FakeEngine, check_refused, serving
 
 

@@ -6,6 +6,7 @@ JSON that two parsers could read differently is refused; every text that is vali
 from __future__ import annotations
 
 import pytest
+
 from fakes import CANARY, COMPLETIONS, JSON, PERPLEXITY, check_refused, serving
 
 

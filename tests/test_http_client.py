@@ -7,11 +7,11 @@ import threading
 
 import openai
 import pytest
-from fakes import FakeEngine
 
 from dape_server.app import create_app
 from dape_server.run import make_server
 from dape_server.settings import ServerSettings
+from fakes import FakeEngine
 
 pytestmark = pytest.mark.client
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fakes import BOS, COMPLETIONS, EOS, FakeEngine, events, logprob, serving
 
 from dape_engine.errors import EngineStoppedError, StepError
+from fakes import BOS, COMPLETIONS, EOS, FakeEngine, events, logprob, serving
 
 
 @pytest.fixture

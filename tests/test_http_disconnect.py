@@ -12,10 +12,10 @@ import threading
 from contextlib import asynccontextmanager
 
 import pytest
-from fakes import COMPLETIONS, PERPLEXITY, FakeEngine, events
 
 from dape_server.app import create_app
 from dape_server.settings import ServerSettings
+from fakes import COMPLETIONS, PERPLEXITY, FakeEngine, events
 
 IDS = [259, 264, 70, 71, 259, 80, 81, 264]
 

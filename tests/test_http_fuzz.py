@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from fakes import JSON, FakeEngine, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dape_server.protocol.completions import CompletionRequest
 from dape_server.protocol.perplexity import PerplexityRequest
 from dape_server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from fakes import JSON, FakeEngine, serving
 
 BODIES = {
     "/v1/completions": CompletionRequest,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from fakes import BOS, PERPLEXITY, FakeEngine, events, logprob, serving
 
 from dape_engine.errors import QueueFullError
+from fakes import BOS, PERPLEXITY, FakeEngine, events, logprob, serving
 
 IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
 

@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 
 import httpx2
 import pytest
-from fakes import FakeEngine, events
 
 from dape_server.app import create_app
 from dape_server.run import make_server
 from dape_server.settings import ServerSettings
+from fakes import FakeEngine, events
 
 BODY = {"prompt": "the cat", "max_tokens": 4}
 

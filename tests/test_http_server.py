@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from fakes import FakeEngine, events, serving
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
@@ -13,6 +12,7 @@ from dape_engine.request import RequestStats, RequestTimes, StepStats
 from dape_server.app import create_app
 from dape_server.metrics import Metrics
 from dape_server.settings import ServerSettings
+from fakes import FakeEngine, events, serving
 
 
 @pytest.fixture

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from dape_kernels.attention import BACKENDS, Backend, paged_attention, select_backend
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import reference_scores
 from dape_kernels.reference_backend import row_scores
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from layers import LAYERS, OFFICIAL, Paged, page, random_encoding, random_sequence, relative_error
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CHUNKED = BACKENDS["chunked"]
 AMPLE = 1 << 20
@@ -49,7 +50,9 @@ def random_batch(
     return page(backend, sequences, block_size, seed=seed)
 
 
-def attend(paged: Paged, encoding: Encoding, workspace: int = AMPLE, backend: Backend[Any] = CHUNKED) -> Tensor:
+def attend(
+    paged: Paged, encoding: Encoding, workspace: int = AMPLE, backend: Backend[Any] = CHUNKED
+) -> Tensor:
     output, _ = paged_attention(
         paged.query, paged.cache, paged.batch, encoding, backend=backend, workspace=workspace
     )
@@ -185,16 +188,16 @@ class PeakMemory(TorchDispatchMode):
     """Counts the bytes of all tensors that are made inside and still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, int] = {}
         self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for given in args:
-            if isinstance(given, Tensor):
-                self.alive.setdefault(given.untyped_storage()._cdata, 0)
+        for argument in args:
+            if isinstance(argument, Tensor):
+                self.alive.setdefault(argument.untyped_storage()._cdata, 0)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             storage = result.untyped_storage()
@@ -208,8 +211,13 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("layer", "dtype"),
     [
-        *((name, torch.float32) for name in ("nope", "kerple-v1", "fire-v1", "kerple-v2-k5", "fire-v2-k3", "cope")),
+        ("nope", torch.float32),
+        ("kerple-v1", torch.float32),
         ("kerple-v1", torch.bfloat16),
+        ("fire-v1", torch.float32),
+        ("kerple-v2-k5", torch.float32),
+        ("fire-v2-k3", torch.float32),
+        ("cope", torch.float32),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 40])
@@ -269,7 +277,7 @@ def test_selection_says_why(caplog: pytest.LogCaptureFixture) -> None:
         "attention backend chunked (first that supports the model)",
         "attention backend reference (asked for)",
     ]
-    with pytest.raises(ValueError, match="unknown attention backend 'chuncked', expected one of auto, chunked"):
+    with pytest.raises(ValueError, match="backend 'chuncked', expected one of auto, chunked"):
         select_backend("chuncked", encoding, torch.float32, cpu)
     with pytest.raises(ValueError, match=r"chunked: torch.int8 is none of .*; reference: torch.int8"):
         select_backend("auto", encoding, torch.int8, cpu)

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from dape_engine.encoding import PositionalEncoding
-from dape_kernels.bias import T5, Alibi, Bias, KerpleLog, KerplePower, Sandwich, alibi_slopes
+from dape_kernels.bias import T5, Alibi, Bias, Fire, KerpleLog, KerplePower, Sandwich, alibi_slopes
 from dape_kernels.dense import dense_attention
 from dape_kernels.encoding import dape_from_parameters
 from dape_kernels.reference import reference_attention, reference_scores
 from layers import LAYERS, OFFICIAL, random_encoding, random_module, random_sequence, relative_error
-from torch import Tensor
 
 DISTANCES = torch.arange(200)
 
@@ -30,8 +31,10 @@ def by_distance(bias: Bias) -> Tensor:
         (8, [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]),
         (
             12,
-            [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
-            + [0.707107, 0.353553, 0.176777, 0.088388],
+            [
+                *(0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625),
+                *(0.707107, 0.353553, 0.176777, 0.088388),
+            ],
         ),
     ],
 )
@@ -84,6 +87,8 @@ def test_fire_depends_on_the_query_beyond_its_threshold(kind: str) -> None:
 def test_fire_is_rectified_alone_and_leaky_under_dape() -> None:
     values = torch.tensor([-1.0, 2.0])
     alone, under = (random_encoding(LAYERS[kind], 3, 4).bias for kind in ("fire", "fire-v1"))
+    assert isinstance(alone, Fire)
+    assert isinstance(under, Fire)
     assert alone.activation(values).tolist() == [0.0, 2.0]
     assert under.activation(values).tolist() == pytest.approx([-0.01, 2.0])
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from simulated_engine import SimulatedEngine, counts, text
 
 from dape_engine.cache import CacheInvariantError, NoFreeBlocksError
 from dape_engine.errors import ContextLengthError, QueueFullError, RequestError, SettingsError
 from dape_engine.sequence import Sequence
+from simulated_engine import SimulatedEngine, counts, text
 
 
 def test_one_request_is_prefilled_in_chunks_and_then_decoded() -> None:

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulated_engine import SimulatedEngine
 
 from dape_engine.errors import QueueFullError, RequestError
 from dape_engine.request import SamplingParams
 from dape_engine.sequence import Sequence
+from simulated_engine import SimulatedEngine
 
 
 @pytest.mark.parametrize("seed", range(3))

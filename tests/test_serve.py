@@ -21,11 +21,11 @@ import httpx
 import openai
 import pytest
 import torch
-from models import TEXT, write_model
 
 from dape_engine.tokenizer import TextTokenizer
 from dape_engine.weights import load_config, load_model
 from dape_kernels.reference import reference_attention
+from models import TEXT, write_model
 
 pytestmark = pytest.mark.client
 BLOCKS = 256

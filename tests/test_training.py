@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import TEXT
 from torch.nn import functional
 
 from dape_engine.weights import load_model
@@ -24,6 +23,7 @@ from dape_training.data import (
 )
 from dape_training.loss import linear_cross_entropy
 from dape_training.trainer import learning_rate, train
+from models import TEXT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

@@ -52,7 +52,8 @@ class ChunkedBackend(HeadMajorBackend):
 
 def _budget(cache: HeadMajorCache, encoding: Encoding, dtype: torch.dtype, workspace: int) -> Budget:
     numbers, size = cost(encoding), dtype.itemsize
-    gathered = 0 if cache.key.dtype == dtype else encoding.heads * encoding.head_dim * cache.key.element_size()
+    # Keys and values of another dtype are gathered before they are converted.
+    gathered = 0 if cache.key.dtype == dtype else cache.key[:, :1].nbytes
     return Budget(
         workspace=workspace,
         per_row=numbers.row * size,

@@ -17,10 +17,10 @@ from torch import Tensor
 from dape_kernels.chunked.tile import Tile
 from dape_kernels.paged import RaggedBatch
 
-# Most rows of a lane and pairs of a tile, by device type. On a CPU a tile should stay in the cache of a
-# core; an accelerator wants few large ones.
-LIMITS = {"cpu": (64, 64 * 256)}
-OTHER_LIMITS = (256, 1 << 20)
+# Most rows of a lane. A CPU also leaves all of a workspace above CPU_WORKSPACE unused: larger tiles are
+# slower there, as they leave its caches, while an accelerator wants few large ones.
+CPU_ROWS, OTHER_ROWS = 64, 256
+CPU_WORKSPACE = 8 << 20
 # With fewer keys than this, a tile costs more to set up than to compute.
 FEWEST_KEYS = 32
 # A lane with less than half the keys of the first one of its group is padded to them only up to this
@@ -41,15 +41,14 @@ class Budget:
 
     def keys(self, lanes: int, rows: int) -> int:
         """Return how many keys per lane a tile may have; less than 1 if the workspace is too small."""
-        _, pairs = LIMITS.get(self.device, OTHER_LIMITS)
-        free = self.workspace // lanes - rows * self.per_row
-        columns = free // (self.per_key + rows * self.per_pair)
-        keys = min(columns - 2 * self.reach, pairs // (lanes * rows))
+        usable = min(self.workspace, CPU_WORKSPACE) if self.device == "cpu" else self.workspace
+        free = usable // lanes - rows * self.per_row
+        keys = free // (self.per_key + rows * self.per_pair) - 2 * self.reach
         return keys // 16 * 16 or keys
 
     def rows(self) -> int:
         """Return the most rows a lane may have. Raises ValueError if not even one row and key fit."""
-        rows, _ = LIMITS.get(self.device, OTHER_LIMITS)
+        rows = CPU_ROWS if self.device == "cpu" else OTHER_ROWS
         while rows > 1 and self.keys(1, rows) < max(rows, FEWEST_KEYS):
             rows //= 2
         if self.keys(1, rows) < 1:
