@@ -48,7 +48,7 @@ class ModelRunner:
         self.device = model.word_embeddings.weight.device
         self.block_size = options.block_size
         self.workspace = options.attention_workspace
-        self.encodings = [encoding.encoding().with_tables(max_model_len) for encoding in model.encodings]
+        self.encodings = [e.encoding().with_tables(max_model_len, self.device) for e in model.encodings]
         dtype = cache_dtype(model, options)
         try:
             self.backend = select_backend(options.attention_backend, self.encodings[0], dtype, self.device)

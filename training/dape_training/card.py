@@ -27,6 +27,7 @@ def write_model_card(folder: Path, config: TrainingConfig, metrics: Path) -> Non
     encoding = model.position.kind if model.dape is None else f"DAPE over {model.position.kind}"
     tokens = config.steps * config.batch_size * model.train_length
     rates = f"{config.learning_rate:g} after {config.warmup_steps} steps"
+    note = f": {config.data_note}" if config.data_note else ""
     final = f"{validation[-1][1]:.4f}" if validation else "not measured"
     (folder / "README.md").write_text(
         f"""# {folder.name if folder.name != "model" else folder.parent.name}
@@ -36,7 +37,8 @@ A decoder in the GPT-NeoX form with {encoding}: {model.num_hidden_layers} layers
 
 | | |
 |---|---|
-| training text | `{config.train_data.parent.name}/{config.train_data.name}` |
+| licence of the weights | {config.license} |
+| training text | `{config.train_data.parent.name}/{config.train_data.name}`{note} |
 | train length | {model.train_length} tokens |
 | steps | {config.steps} of {config.batch_size} windows: {tokens / 1e6:.1f} M tokens |
 | optimiser | AdamW, betas {config.betas[0]} and {config.betas[1]}, weight decay {config.weight_decay} |

@@ -22,6 +22,10 @@ class TrainingConfig(BaseModel):
     train_data: Path
     """JSON Lines (may be .xz) with a "text" field per document."""
     valid_data: Path
+    data_note: str = ""
+    """Where the text comes from and its licence, for the model card."""
+    license: str = "Apache-2.0"
+    """Of the trained weights."""
     tokenizer: Path | None = None
     """A tokenizer.json; by default one is trained on the training text and kept in the run folder."""
     batch_size: Positive = 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import click
 import torch
 from rich.console import Console
@@ -24,6 +26,7 @@ EXAMPLES = {
 @click.command()
 def backends() -> None:
     """List the attention backends, what each can run here, and which one is chosen."""
+    logging.getLogger("dape_kernels").setLevel(logging.WARNING)
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     table = Table("device", "dtype", "encoding", *BACKENDS, "chosen")
     for device in devices:

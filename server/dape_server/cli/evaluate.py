@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dape_engine.options import EngineOptions
 from dape_engine.weights import DEFAULT_MODEL, resolve_model
 from dape_server.cli.model import running_engine
 from dape_server.cli.options import config_option, settings_options
-from dape_server.cli.report import parse_lengths, plot_lengths, powers_of_two, progress_bar
+from dape_server.cli.report import Work, parse_lengths, plot_lengths, powers_of_two
 from dape_training.data import read_documents
 from dape_training.evaluate import LengthResult, evaluate_lengths
 
@@ -84,15 +85,14 @@ async def _evaluate(
 ) -> list[LengthResult]:
     async with running_engine(folder, options) as engine:
         tokens = [engine.tokenizer.encode(text) for text in texts]
-        with progress_bar() as bar:
-            task = bar.add_task(engine.model_name)
+        with Work() as work:
             return await evaluate_lengths(
                 engine,
                 tokens,
                 lengths or powers_of_two(engine.max_model_len),
                 ends_per_document=ends,
                 score_last=score_last,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=partial(work.show, engine.model_name),
             )
 
 

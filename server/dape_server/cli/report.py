@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dape_engine.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -28,11 +31,32 @@ def powers_of_two(limit: int) -> list[int]:
     return [128 << step for step in range(32) if 128 << step <= limit]
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar on stderr: silent where stderr is not a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+class Work:
+    """Progress of long work on stderr: a bar on a terminal, a plain line every tenth in a log."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+
+    def __enter__(self) -> Work:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Report that `done` of `total` units of the work `name` are done."""
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name, total=total)
+        self._bar.update(self._tasks[name], completed=done)
+        tenth = 10 * done // total
+        if self._bar.disable and tenth > self._tenths.get(name, 0):
+            self._tenths[name] = tenth
+            logger.info("%s: %d of %d tokens read", name, done, total)
 
 
 def plot_lengths(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str) -> None:

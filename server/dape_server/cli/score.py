@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from dape_engine.engine import AsyncEngine
@@ -28,7 +27,7 @@ from dape_engine.scoring import (
 )
 from dape_server.cli.model import running_engine, split_model
 from dape_server.cli.options import config_option, settings_options
-from dape_server.cli.report import parse_lengths, plot_lengths, powers_of_two, progress_bar
+from dape_server.cli.report import Work, parse_lengths, plot_lengths, powers_of_two
 
 
 @click.command()
@@ -90,12 +89,14 @@ async def _score(
 ) -> dict[str, dict[str, Statistics]]:
     """Return statistics by file, and by context length or window mode."""
     async with running_engine(folder, options) as engine:
-        with progress_bar() as bar:
-            return {name: await _score_text(engine, name, text, options, bar) for name, text in texts.items()}
+        with Work() as work:
+            return {
+                name: await _score_text(engine, name, text, options, work) for name, text in texts.items()
+            }
 
 
 async def _score_text(
-    engine: AsyncEngine, name: str, text: str, options: dict[str, Any], bar: Progress
+    engine: AsyncEngine, name: str, text: str, options: dict[str, Any], work: Work
 ) -> dict[str, Statistics]:
     tokens = tuple(engine.tokenizer.encode(text))
     limit = engine.max_model_len
@@ -103,7 +104,7 @@ async def _score_text(
         if options["window"] is not None:
             settings = {key: options[key] for key in ("context_length", "stride", "score_last")}
             plan = windows(options["window"], len(tokens), **settings, max_model_len=limit)
-            scores = await _run(engine, name, tokens, plan, bar)
+            scores = await _run(engine, name, tokens, plan, work)
             logprobs = [logprob for window in scores for logprob in window.logprobs]
             scored = [t for w in plan for t in tokens[w.score_from : w.end]]
             return {options["window"]: statistics(logprobs, engine.tokenizer.byte_length(scored))}
@@ -121,7 +122,7 @@ async def _score_text(
         )
     except RequestError as error:
         raise RequestError(f"{name}: {error.message}") from error
-    scores = await _run(engine, name, tokens, rungs.windows, bar)
+    scores = await _run(engine, name, tokens, rungs.windows, work)
     return {
         str(rung.length): statistics(scores[rung.window].logprobs[rung.first : rung.last])
         for rung in rungs.rungs
@@ -129,13 +130,15 @@ async def _score_text(
 
 
 async def _run(
-    engine: AsyncEngine, name: str, tokens: tuple[int, ...], plan: tuple[Window, ...], bar: Progress
+    engine: AsyncEngine, name: str, tokens: tuple[int, ...], plan: tuple[Window, ...], work: Work
 ) -> list[WindowScores]:
-    task = bar.add_task(name, total=sum(window.end - window.start for window in plan))
-    scores = []
+    total = sum(window.end - window.start for window in plan)
+    scores: list[WindowScores] = []
+    done = 0
     async for window in engine.score(ScoreRequest(name, tokens, plan)):
         scores.append(window)
-        bar.advance(task, window.window.end - window.window.start)
+        done += window.window.end - window.window.start
+        work.show(name, done, total)
     return scores
 
 
