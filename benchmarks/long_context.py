@@ -1,7 +1,7 @@
 """Prefill, decode and memory of the engine at long context, for the shipped model and a random 125M.
 
-Run `python benchmarks/long_context.py [--json FILE]`. Every model runs in a process of its own, so that
-peak memory is its own; figures are medians of repeated runs.
+Run `python benchmarks/long_context.py [--json FILE]`. Every prompt length runs in a process of its own, so
+that peak memory is its own. Prefill up to 2048 tokens is the median of repeated runs, longer ones are single.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import psutil
 import torch
 import yaml
 from rich.console import Console
@@ -33,24 +32,25 @@ from dape_engine.engine import AsyncEngine
 from dape_engine.model import DapeForCausalLM, initialise
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams
-from dape_engine.weights import DEFAULT_MODEL, resolve_model, save_model_folder
+from dape_engine.weights import DEFAULT_MODEL, load_config, resolve_model, save_model_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PREFILL_LENGTHS = (512, 2048, 8192, 16384)
 DECODE_STREAMS = (1, 8, 32)
 DECODE_CONTEXTS = (128, 8192)
 DECODE_TOKENS = 16
+RANDOM_MODEL = "125m"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=[DEFAULT_MODEL, "125m"])
+    parser.add_argument("--models", nargs="+", default=[DEFAULT_MODEL, RANDOM_MODEL])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     results = {"machine": machine(), "models": {}}
     for name in arguments.models:
-        results["models"][name] = in_own_process(measure_model, name, arguments.repeats)
+        results["models"][name] = measure_model(name, arguments.repeats)
         show(name, results["models"][name])
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
@@ -75,10 +75,17 @@ def in_own_process(function: Any, *arguments: Any) -> Any:
 
 
 def measure_model(name: str, repeats: int) -> dict[str, Any]:
-    """Return all figures of one model."""
+    """Return all figures of one model; every prompt length and the decoding have a fresh process."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = resolve_model(name) if name != "125m" else random_model(Path(scratch))
-        return asyncio.run(measure(folder, repeats))
+        folder = resolve_model(name) if name != RANDOM_MODEL else random_model(Path(scratch))
+        figures: dict[str, Any] = {"prefill": {}, "peak_rss_mib": {}, "peak_rss_without_cache_mib": {}}
+        for length in PREFILL_LENGTHS:
+            rate, peak = in_own_process(prefill, folder, length, repeats if length < 8192 else 1)
+            figures["prefill"][length] = rate
+            figures["peak_rss_mib"][length] = peak >> 20
+            figures["peak_rss_without_cache_mib"][length] = (peak - cache_bytes(folder, length)) >> 20
+        figures["decode"] = in_own_process(decode, folder)
+        return figures
 
 
 def random_model(folder: Path) -> Path:
@@ -91,26 +98,42 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-async def measure(folder: Path, repeats: int) -> dict[str, Any]:
-    """Start an engine whose cache holds the largest batch and time prefill and decode."""
-    config = json.loads((folder / "config.json").read_text())
-    per_token = 2 * 4 * config["num_hidden_layers"] * config["hidden_size"]
-    room = per_token * (max(PREFILL_LENGTHS) + 32 * 64)
-    engine = AsyncEngine(folder, EngineOptions(kv_cache_memory=room))
-    engine.start()
-    figures: dict[str, Any] = {"prefill": {}, "decode": {}, "peak_rss_mib": {}, "cache_mib": room >> 20}
-    for length in PREFILL_LENGTHS:
-        with PeakMemory() as memory:
-            times = [
-                await prefill_seconds(engine, length, run) for run in range(repeats if length < 8192 else 1)
-            ]
-        figures["prefill"][length] = length / statistics.median(times)
-        figures["peak_rss_mib"][length] = memory.peak >> 20
-    for context in DECODE_CONTEXTS:
-        for streams in DECODE_STREAMS:
-            figures["decode"][f"{streams} x {context}"] = await decode_rate(engine, context, streams)
-    await engine.shutdown(0)
-    return figures
+def cache_bytes(folder: Path, tokens: int) -> int:
+    """Return the bytes of the float32 keys and values of `tokens` tokens."""
+    config = load_config(folder)
+    return tokens * 2 * 4 * config.num_hidden_layers * config.hidden_size
+
+
+def prefill(folder: Path, length: int, repeats: int) -> tuple[float, int]:
+    """Return tokens per second to the first token, and the process's peak resident set in bytes."""
+
+    async def run() -> float:
+        # Room for one prompt, so that repeated ones use the same memory.
+        engine = AsyncEngine(folder, EngineOptions(kv_cache_memory=cache_bytes(folder, length + 16)))
+        engine.start()
+        times = [await prefill_seconds(engine, length, seed) for seed in range(repeats)]
+        await engine.shutdown(0)
+        return length / statistics.median(times)
+
+    return asyncio.run(run()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def decode(folder: Path) -> dict[str, float]:
+    """Return tokens per second by number of streams and cached tokens."""
+
+    async def run() -> dict[str, float]:
+        room = cache_bytes(folder, max(DECODE_CONTEXTS) + max(DECODE_STREAMS) * 4 * DECODE_TOKENS)
+        engine = AsyncEngine(folder, EngineOptions(kv_cache_memory=room))
+        engine.start()
+        figures = {
+            f"{streams} x {context}": await decode_rate(engine, context, streams)
+            for context in DECODE_CONTEXTS
+            for streams in DECODE_STREAMS
+        }
+        await engine.shutdown(0)
+        return figures
+
+    return asyncio.run(run())
 
 
 async def prefill_seconds(engine: AsyncEngine, length: int, seed: int) -> float:
@@ -149,38 +172,17 @@ def request(engine: AsyncEngine, length: int, seed: int, tokens: int, index: int
     return GenerationRequest(f"bench-{seed}-{index}", tuple(prompt), sampling)
 
 
-class PeakMemory:
-    """The largest resident set of this process while the block runs, sampled every 10 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while not self._stop.is_set():
-            self.peak = max(self.peak, process.memory_info().rss)
-            self._stop.wait(0.01)
-
-
 def show(name: str, figures: dict[str, Any]) -> None:
     """Print one model's figures."""
-    table = Table(title=f"{name} (KV cache {figures['cache_mib']} MiB)")
-    for column in ("what", "value", "unit"):
-        table.add_column(column)
+    table = Table("what", "value", "unit", title=name)
     for length, rate in figures["prefill"].items():
         table.add_row(f"prefill {length}", f"{rate:.0f}", "tokens/s")
     for case, rate in figures["decode"].items():
         table.add_row(f"decode {case}", f"{rate:.1f}", "tokens/s")
     for length, peak in figures["peak_rss_mib"].items():
         table.add_row(f"peak RSS at {length}", str(peak), "MiB")
+    for length, peak in figures["peak_rss_without_cache_mib"].items():
+        table.add_row(f"peak RSS less KV cache at {length}", str(peak), "MiB")
     Console().print(table)
 
 

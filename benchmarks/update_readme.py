@@ -63,11 +63,11 @@ def speed(results: Any) -> str:
         ("prefill", "prefill {} tokens", "tokens/s"),
         ("decode", "decode {} cached tokens", "tokens/s"),
         ("peak_rss_mib", "peak RSS, prompt of {}", "MiB"),
+        ("peak_rss_without_cache_mib", "the same less the KV cache, prompt of {}", "MiB"),
     ):
         for case in next(iter(models.values()))[group]:
             values = [f"{figures[group][case]:,.0f} {unit}" for figures in models.values()]
             rows.append([label.format(case), *values])
-    rows.append(["of which KV cache", *[f"{figures['cache_mib']} MiB" for figures in models.values()]])
     machine = results["machine"]
     note = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, float32."
     return f"{note}\n\n" + markdown(["", *models], rows)

@@ -17,7 +17,7 @@ from dape_engine.options import EngineOptions
 from dape_engine.weights import DEFAULT_MODEL, resolve_model
 from dape_server.cli.model import running_engine
 from dape_server.cli.options import config_option, settings_options
-from dape_server.cli.report import Work, parse_lengths, plot_lengths, powers_of_two
+from dape_server.cli.report import Work, default_lengths, parse_lengths, plot_lengths
 from dape_training.data import read_documents
 from dape_training.evaluate import LengthResult, evaluate_lengths
 
@@ -30,7 +30,7 @@ from dape_training.evaluate import LengthResult, evaluate_lengths
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help='JSON Lines, .xz or plain, with a "text" field per document.',
 )
-@click.option("--lengths", help="Context lengths in tokens. [default: 128,256,... to the model's limit]")
+@click.option("--lengths", help="Context lengths in tokens. [default: 128,256,...,16384]")
 @click.option("--ends", type=click.IntRange(1), default=3, show_default=True, help="Ends per document.")
 @click.option("--score-last", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--documents", type=click.IntRange(1), help="Use the first so many documents only.")
@@ -89,7 +89,7 @@ async def _evaluate(
             return await evaluate_lengths(
                 engine,
                 tokens,
-                lengths or powers_of_two(engine.max_model_len),
+                lengths or default_lengths(engine.max_model_len),
                 ends_per_document=ends,
                 score_last=score_last,
                 progress=partial(work.show, engine.model_name),

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from dape_engine.errors import SettingsError
 
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""The context lengths of the DAPE paper, doubled once more."""
 logger = logging.getLogger(__name__)
 
 
@@ -26,9 +28,9 @@ def parse_lengths(text: str) -> list[int]:
         raise SettingsError(f"--lengths {text}: expected whole numbers with commas between them") from error
 
 
-def powers_of_two(limit: int) -> list[int]:
-    """Return 128, 256, 512, ... up to a limit."""
-    return [128 << step for step in range(32) if 128 << step <= limit]
+def default_lengths(limit: int) -> list[int]:
+    """Return 128, 256, 512, ... 16384, as far as a limit allows."""
+    return [length for length in LENGTHS if length <= limit]
 
 
 class Work:

@@ -27,12 +27,12 @@ from dape_engine.scoring import (
 )
 from dape_server.cli.model import running_engine, split_model
 from dape_server.cli.options import config_option, settings_options
-from dape_server.cli.report import Work, parse_lengths, plot_lengths, powers_of_two
+from dape_server.cli.report import Work, default_lengths, parse_lengths, plot_lengths
 
 
 @click.command()
 @click.argument("model_and_files", nargs=-1, required=True, metavar="[MODEL] FILE...")
-@click.option("--lengths", help="Context lengths in tokens. [default: 128,256,... to the model's limit]")
+@click.option("--lengths", help="Context lengths in tokens. [default: 128,256,...,16384]")
 @click.option(
     "--ladder",
     "kind",
@@ -111,7 +111,7 @@ async def _score_text(
         wanted = (
             parse_lengths(options["lengths"])
             if options["lengths"]
-            else powers_of_two(min(limit, len(tokens)))
+            else default_lengths(min(limit, len(tokens)))
         )
         rungs = ladder(
             options["kind"],
