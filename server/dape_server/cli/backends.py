@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import click
 import torch
 from rich.console import Console
@@ -11,7 +9,7 @@ from rich.table import Table
 
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
-from dape_kernels.attention import BACKENDS, select_backend
+from dape_kernels.attention import BACKENDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXAMPLES = {
@@ -26,15 +24,14 @@ EXAMPLES = {
 @click.command()
 def backends() -> None:
     """List the attention backends, what each can run here, and which one is chosen."""
-    logging.getLogger("dape_kernels").setLevel(logging.WARNING)
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     table = Table("device", "dtype", "encoding", *BACKENDS, "chosen")
     for device in devices:
         for dtype in DTYPES:
             for name, (position, dape) in EXAMPLES.items():
                 encoding = PositionalEncoding(position, dape, 12, 64).encoding()
-                reasons = [b.unsupported(encoding, dtype, device) for b in BACKENDS.values()]
-                chosen = select_backend("auto", encoding, dtype, device).name
-                shown = ["yes" if reason is None else reason for reason in reasons]
+                reasons = {key: b.unsupported(encoding, dtype, device) for key, b in BACKENDS.items()}
+                chosen = next((key for key, reason in reasons.items() if reason is None), "none")
+                shown = ["yes" if reason is None else reason for reason in reasons.values()]
                 table.add_row(str(device), str(dtype).removeprefix("torch."), name, *shown, chosen)
     Console().print(table)
