@@ -65,6 +65,7 @@ def test_score_prints_a_table_by_length_and_writes_numbers_and_a_plot(
     rows = json.loads(numbers.read_text())[book]
     assert [(row["length"], row["num_scored"]) for row in rows] == [(32, 16), (64, 16), (128, 16)]
     for row in rows:
+        assert row["bits_per_byte"] > 0
         assert f"{row['perplexity']:.3f}" in result.output.replace("\n", "")
     assert plot.read_bytes().startswith(b"\x89PNG")
 

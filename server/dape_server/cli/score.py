@@ -99,34 +99,44 @@ async def _score_text(
     engine: AsyncEngine, name: str, text: str, options: dict[str, Any], work: Work
 ) -> dict[str, Statistics]:
     tokens = tuple(engine.tokenizer.encode(text))
-    limit = engine.max_model_len
     try:
-        if options["window"] is not None:
-            settings = {key: options[key] for key in ("context_length", "stride", "score_last")}
-            plan = windows(options["window"], len(tokens), **settings, max_model_len=limit)
-            scores = await _run(engine, name, tokens, plan, work)
-            logprobs = [logprob for window in scores for logprob in window.logprobs]
-            scored = [t for w in plan for t in tokens[w.score_from : w.end]]
-            return {options["window"]: statistics(logprobs, engine.tokenizer.byte_length(scored))}
-        wanted = (
-            parse_lengths(options["lengths"])
-            if options["lengths"]
-            else default_lengths(min(limit, len(tokens)))
-        )
-        rungs = ladder(
-            options["kind"],
-            len(tokens),
-            wanted,
-            score_last=options["score_last"] or SCORE_LAST,
-            max_model_len=limit,
-        )
+        by = _score_by_length if options["window"] is None else _score_by_windows
+        return await by(engine, name, tokens, options, work)
     except RequestError as error:
         raise RequestError(f"{name}: {error.message}") from error
-    scores = await _run(engine, name, tokens, rungs.windows, work)
-    return {
-        str(rung.length): statistics(scores[rung.window].logprobs[rung.first : rung.last])
-        for rung in rungs.rungs
-    }
+
+
+async def _score_by_windows(
+    engine: AsyncEngine, name: str, tokens: tuple[int, ...], options: dict[str, Any], work: Work
+) -> dict[str, Statistics]:
+    settings = {key: options[key] for key in ("context_length", "stride", "score_last")}
+    plan = windows(options["window"], len(tokens), **settings, max_model_len=engine.max_model_len)
+    scores = await _run(engine, name, tokens, plan, work)
+    logprobs = [logprob for window in scores for logprob in window.logprobs]
+    scored = [token for window in plan for token in tokens[window.score_from : window.end]]
+    return {options["window"]: statistics(logprobs, engine.tokenizer.byte_length(scored))}
+
+
+async def _score_by_length(
+    engine: AsyncEngine, name: str, tokens: tuple[int, ...], options: dict[str, Any], work: Work
+) -> dict[str, Statistics]:
+    limit = engine.max_model_len
+    lengths = options["lengths"]
+    plan = ladder(
+        options["kind"],
+        len(tokens),
+        parse_lengths(lengths) if lengths else default_lengths(min(limit, len(tokens))),
+        score_last=options["score_last"] or SCORE_LAST,
+        max_model_len=limit,
+    )
+    scores = await _run(engine, name, tokens, plan.windows, work)
+    results = {}
+    for rung in plan.rungs:
+        begin = plan.windows[rung.window].score_from
+        scored = tokens[begin + rung.first : begin + rung.last]
+        logprobs = scores[rung.window].logprobs[rung.first : rung.last]
+        results[str(rung.length)] = statistics(logprobs, engine.tokenizer.byte_length(scored))
+    return results
 
 
 async def _run(
@@ -145,7 +155,7 @@ async def _run(
 def _table(results: dict[str, dict[str, Statistics]], by_length: bool) -> Table:
     table = Table("file", "length" if by_length else "window")
     for column in ("tokens scored", "mean NLL", "perplexity", "bits per byte"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, rows in results.items():
         for label, row in rows.items():
             table.add_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def train(config: Path, out: Path | None, overrides: tuple[str, ...]) -> None:
         raise SettingsError(
             f"training needs the extra packages: pip install 'dape-serve[train]' ({error})"
         ) from error
+    # A line for every file of every checkpoint would bury the losses.
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     try:
         settings = load_training_config(config, dict(_parse(item) for item in overrides))
         run(settings, out or Path("runs") / config.stem)
