@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from dape_engine.config import ModelConfig
 from dape_engine.model import DapeForCausalLM, initialise
-from dape_engine.weights import save_model_folder
+from dape_engine.weights import load_model, save_model_folder
+from dape_kernels.reference import reference_attention
 from dape_training.data import train_tokenizer
 
 TEXT = [
@@ -44,3 +46,17 @@ def write_model(folder: Path, *, max_model_len: int = 512, **settings: Any) -> P
             parameter.add_(torch.randn_like(parameter) * 0.2)
     save_model_folder(folder, model, tokenizer)
     return folder
+
+
+def plain_logprobs(folder: Path, ids: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] of what follows each token, by the reference attention."""
+    model = load_model(folder, torch.float32, torch.device("cpu"))
+    encodings = [encoding.encoding() for encoding in model.encodings]
+
+    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in qkv)
+        return reference_attention(query, key, value, encodings[layer])[0].transpose(0, 1)
+
+    with torch.inference_mode():
+        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend)
+        return model.final_linear(hidden).log_softmax(-1)

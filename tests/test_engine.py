@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import (
@@ -31,9 +30,7 @@ from dape_engine.request import (
     StepStats,
     Window,
 )
-from dape_engine.weights import load_model
-from dape_kernels.reference import reference_attention
-from models import write_model
+from models import plain_logprobs, write_model
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
 SMALL: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 4, "max_num_batched_tokens": 64}
@@ -73,21 +70,6 @@ def drawn(outputs: list[GenerationOutput]) -> list[int]:
 
 async def score(engine: AsyncEngine, ids: tuple[int, ...], *windows: Window) -> list[tuple[float, ...]]:
     return [scores.logprobs async for scores in engine.score(ScoreRequest("s", ids, windows))]
-
-
-def plain_logprobs(folder: Path, ids: tuple[int, ...]) -> torch.Tensor:
-    """Log-probabilities [tokens, vocabulary] by a full forward pass with the reference attention."""
-    model = load_model(folder, torch.float32, torch.device("cpu"))
-    encodings = [encoding.encoding() for encoding in model.encodings]
-
-    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
-        return reference_attention(*(t.transpose(0, 1)[None] for t in qkv), encodings[layer])[0].transpose(
-            0, 1
-        )
-
-    with torch.inference_mode():
-        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend)
-        return model.final_linear(hidden).log_softmax(-1)
 
 
 async def test_greedy_generation_equals_repeated_full_forward_passes(folder: Path) -> None:

@@ -23,9 +23,8 @@ import pytest
 import torch
 
 from dape_engine.tokenizer import TextTokenizer
-from dape_engine.weights import load_config, load_model
-from dape_kernels.reference import reference_attention
-from models import TEXT, write_model
+from dape_engine.weights import load_config
+from models import TEXT, plain_logprobs, write_model
 
 pytestmark = pytest.mark.client
 BLOCKS = 256
@@ -90,25 +89,15 @@ def server(folder: Path) -> Iterator[Server]:
     assert running.close() == 0, "".join(running.log)
 
 
-def plain_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of each token but the first, by a full forward pass with the reference."""
-    model = load_model(folder, torch.float32, torch.device("cpu"))
-    encodings = [encoding.encoding() for encoding in model.encodings]
-
-    def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
-        return reference_attention(*(t.transpose(0, 1)[None] for t in qkv), encodings[layer])[0].transpose(
-            0, 1
-        )
-
-    with torch.inference_mode():
-        hidden = model(torch.tensor(ids[:-1]), torch.arange(len(ids) - 1), attend)
-        return model.final_linear(hidden).log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+def target_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of every token but the first."""
+    return plain_logprobs(folder, ids[:-1]).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 def test_perplexity_equals_an_independent_computation(server: Server, folder: Path) -> None:
     text = TEXT[0] * 3
     ids = TextTokenizer.load(folder, load_config(folder)).encode(text)
-    expected = plain_logprobs(folder, ids)
+    expected = target_logprobs(folder, ids)
     answer = server.post("/v1/perplexity", input=text, return_token_logprobs=True, lengths=[32, 64, 200])
     [entry] = answer["data"]
     assert entry["token_ids"] == ids
@@ -121,7 +110,7 @@ def test_perplexity_equals_an_independent_computation(server: Server, folder: Pa
         assert rung["nll_sum"] == pytest.approx(-float(scored.sum()), abs=1e-2)
     suffix = server.post("/v1/perplexity", input=ids, lengths=[64], ladder="suffix", score_last=20)
     rung = suffix["data"][0]["ladder"][0]
-    assert rung["nll_sum"] == pytest.approx(-float(plain_logprobs(folder, ids[-64:])[-20:].sum()), abs=1e-2)
+    assert rung["nll_sum"] == pytest.approx(-float(target_logprobs(folder, ids[-64:])[-20:].sum()), abs=1e-2)
 
 
 def test_echo_with_logprobs_gives_the_numbers_of_perplexity(server: Server) -> None:
