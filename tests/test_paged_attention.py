@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape_kernels.attention import BACKENDS, Backend, paged_attention, select_backend
+from dape_kernels.chunked.plan import CPU_WORKSPACE
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import reference_scores
@@ -281,3 +282,23 @@ def test_selection_says_why(caplog: pytest.LogCaptureFixture) -> None:
         select_backend("chuncked", encoding, torch.float32, cpu)
     with pytest.raises(ValueError, match=r"chunked: torch.int8 is none of .*; reference: torch.int8"):
         select_backend("auto", encoding, torch.int8, cpu)
+
+
+@pytest.mark.parametrize("layer", ["kerple-v1", "fire-v1", "cope", "kerple-v2-k3"])
+def test_threads_share_the_groups_of_a_batch(layer: str) -> None:
+    """However many threads compute them, the results are the same, and PyTorch's own number is kept."""
+    encoding = random_encoding(LAYERS[layer], 3, 5)
+    paged = random_batch([(300, 200), (90, 1), (700, 1), (41, 41)])
+    before = torch.get_num_threads()
+    expected, _ = paged.expected(encoding, torch.float64)
+    try:
+        torch.set_num_threads(3)
+        with torch.inference_mode():
+            output = attend(paged, encoding, 3 * CPU_WORKSPACE)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        alone = attend(paged, encoding, CPU_WORKSPACE)
+    finally:
+        torch.set_num_threads(before)
+    assert relative_error(output, expected) < 1e-9
+    assert torch.equal(output, alone)

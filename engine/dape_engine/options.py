@@ -22,8 +22,8 @@ class EngineOptions(BaseModel):
     """auto: the same as dtype."""
     attention_backend: Literal["auto", "reference", "chunked"] = "auto"
     """Attention kernel; `dape backends` lists what runs here."""
-    attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(32 << 20)
-    """Scratch memory of one attention call, whatever the context length, e.g. 64MiB."""
+    attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(64 << 20)
+    """Scratch memory of one attention call, whatever the context length; 8MiB for each CPU thread."""
     max_model_len: Positive | None = None
     """Longest prompt plus completion, in tokens; by default the model's own."""
     max_num_seqs: Positive = 32

@@ -11,6 +11,7 @@ from torch import Tensor
 from dape_kernels.chunked.plan import Budget, Group, make_groups
 from dape_kernels.chunked.score import Scratch, cost, make_scorer, reach
 from dape_kernels.chunked.tile import Tile
+from dape_kernels.chunked.workers import count_workers, for_each
 from dape_kernels.encoding import Encoding
 from dape_kernels.head_major import HeadMajorBackend, HeadMajorCache
 from dape_kernels.paged import RaggedBatch
@@ -37,16 +38,22 @@ class ChunkedBackend(HeadMajorBackend):
         if encoding.tables is None or encoding.tables.residual.shape[1] < longest:
             encoding = encoding.with_tables(longest, query.device)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        budget = _budget(cache, encoding, dtype, workspace)
+        workers = count_workers(query.device, workspace)
+        budget = _budget(cache, encoding, dtype, workspace // workers)
         groups = batch.memo(budget, lambda: make_groups(batch, budget))
         # One row more than the batch has: what the places of a group without a row compute goes there.
         size, heads, _ = query.shape
         output = torch.empty(size + 1, *query.shape[1:], dtype=query.dtype, device=query.device)
         lse = torch.empty(size + 1, heads, dtype=dtype, device=query.device)
-        for group in groups:
+
+        @torch.inference_mode(torch.is_inference_mode_enabled())  # a property of the thread
+        @torch.no_grad()
+        def compute(group: Group) -> None:
             values, logarithms = _attend_group(query, cache, group, encoding, dtype)
             output.index_copy_(0, group.targets, values.to(query.dtype))
             lse.index_copy_(0, group.targets, logarithms)
+
+        for_each(workers, compute, groups)
         return output[:size], lse[:size]
 
 
