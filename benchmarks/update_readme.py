@@ -1,4 +1,4 @@
-"""Fill the README's tables from the measured numbers, so that no figure is typed by hand.
+"""Fill the tables of the README and of the model cards with measured numbers: none is typed by hand.
 
 Reads docs/results/extrapolation.json (`dape evaluate --json`) and benchmarks/results/long_context.json
 (`benchmarks/long_context.py --json`).
@@ -11,13 +11,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dape_engine.weights import SHIPPED
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
+    results = read("docs/results/extrapolation.json")
+    for name, entries in results["models"].items():
+        update_card(SHIPPED / name / "README.md", {**results, "models": {name: entries}})
     readme = REPOSITORY / "README.md"
-    text = readme.read_text()
-    text = replace(text, "results", extrapolation(read("docs/results/extrapolation.json")))
+    text = replace(readme.read_text(), "results", extrapolation(results))
     text = replace(text, "speed", speed(read("benchmarks/results/long_context.json")))
     readme.write_text(text)
 
@@ -31,6 +35,18 @@ def replace(text: str, name: str, table: str) -> str:
     """Put a table between the markers of a section."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
+
+
+def update_card(card: Path, results: Any) -> None:
+    """End a model's card with its perplexities."""
+    heading = "\n## Perplexity by context length\n"
+    settings = results["settings"]
+    note = (
+        f"The last {settings['score_last']} tokens of {settings['ends_per_document']} ends in each of the "
+        "validation books, by `dape evaluate`; change of the mean loss in nats a token, paired by end.\n"
+    )
+    text = card.read_text().split(heading)[0]
+    card.write_text(f"{text}{heading}\n{note}\n{extrapolation(results)}\n")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
