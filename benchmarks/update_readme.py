@@ -77,7 +77,7 @@ def speed(results: Any) -> str:
     rows = []
     for group, label, unit in (
         ("prefill", "prefill {} tokens", "tokens/s"),
-        ("decode", "decode {} cached tokens", "tokens/s"),
+        ("decode", "decode, streams x cached tokens: {}", "tokens/s"),
         ("peak_rss_mib", "peak RSS, prompt of {}", "MiB"),
         ("peak_rss_without_cache_mib", "the same less the KV cache, prompt of {}", "MiB"),
     ):
