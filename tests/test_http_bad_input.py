@@ -105,7 +105,6 @@ def test_numbers_at_the_edge_are_served(client, settings):
     answer = client.post(COMPLETIONS, json={"prompt": "the cat", "max_tokens": 2, **settings})
     assert answer.status_code == 200, answer.text
     sampling = client.engine.requests[-1].sampling
-    assert sampling.temperature == 0 or sampling.temperature >= 1e-5
     assert sampling.seed is None or 0 <= sampling.seed < 2**63
     assert sampling.top_k >= 0
 

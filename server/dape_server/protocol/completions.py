@@ -20,7 +20,6 @@ from dape_server.limits import (
 )
 from dape_server.protocol.common import Count, Positive, Prompts, RequestBody, TokenId, Usage
 
-GREEDY_BELOW = 1e-5
 SEEDS = 1 << 63
 
 
@@ -130,7 +129,7 @@ class CompletionRequest(RequestBody):
         return SamplingParams(
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,
-            temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
+            temperature=self.temperature,
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
             min_p=self.min_p,
