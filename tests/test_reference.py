@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dape_engine.encoding import PositionalEncoding
+from dape_kernels import dense
 from dape_kernels.bias import T5, Alibi, Bias, Fire, KerpleLog, KerplePower, Sandwich, alibi_slopes
 from dape_kernels.dense import dense_attention
 from dape_kernels.encoding import dape_from_parameters
@@ -156,8 +157,11 @@ def gradients(
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_training_attention_has_the_gradients_of_the_definition(layer: str) -> None:
+def test_training_attention_has_the_gradients_of_the_definition(
+    layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Outputs and gradients in q, k, v and every parameter, over more than one block of either kind."""
+    monkeypatch.setattr(dense, "BLOCK_PAIRS", 8 * 32 * 37)
     module = random_module(LAYERS[layer], heads=3, head_dim=4).double()
     generator = torch.Generator().manual_seed(0)
     sequences = [random_sequence(37, 37, 3, 4, torch.float64, generator) for _ in range(9)]
@@ -171,3 +175,15 @@ def test_training_attention_has_the_gradients_of_the_definition(layer: str) -> N
     limit = 1e-10 * max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-9, atol=limit), name
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(16, 128), (16, 256), (1, 512), (2, 70000)])
+def test_training_attention_walks_every_pair_once_in_small_blocks(sequences: int, tokens: int) -> None:
+    """Products over more pairs than BLOCK_PAIRS have crashed oneDNN."""
+    rows = 0
+    for seqs, queries, keys in dense.attention_blocks(sequences, tokens):
+        count = (seqs.stop - seqs.start) * (queries.stop - queries.start)
+        assert count * keys.stop <= dense.BLOCK_PAIRS or count == 1
+        assert keys == slice(0, queries.stop)
+        rows += count
+    assert rows == sequences * tokens
