@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dape_engine.model import DapeForCausalLM
 from dape_engine.weights import load_model
 from dape_training.config import TrainingConfig, load_training_config
 from dape_training.data import (
@@ -22,7 +23,7 @@ from dape_training.data import (
     validation_batches,
 )
 from dape_training.loss import linear_cross_entropy
-from dape_training.trainer import learning_rate, train
+from dape_training.trainer import learning_rate, parameter_groups, train
 from models import TEXT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -161,3 +162,15 @@ def test_the_chunked_loss_equals_cross_entropy(count: int) -> None:
 def test_every_shipped_config_is_valid(path: Path) -> None:
     config = load_training_config(path, {})
     assert config.warmup_steps < config.steps
+
+
+def test_weight_decay_spares_norms_and_biases_only() -> None:
+    """As in Megatron's rule, under which the published models were trained."""
+    model = DapeForCausalLM(load_training_config(CONFIGS / "dape-kerple-8m.yaml", {}).model)
+    decayed, free = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))  # type: ignore[arg-type]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert not decayed & free
+    assert decayed | free == set(names)
+    assert all("norm" in names[p] or names[p].endswith(".bias") for p in free)
+    assert all(not names[p].endswith(".bias") for p in decayed)
+    assert any(names[p].endswith("bias_p") for p in decayed)

@@ -69,12 +69,18 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Decay matrices only: biases, norms and positional scalars are left free."""
-    matrices = [p for p in model.parameters() if p.squeeze().dim() >= 2]
-    others = [p for p in model.parameters() if p.squeeze().dim() < 2]
+    """Decay everything but norms and biases, as Megatron and GPT-NeoX do.
+
+    The positional scalars decay too: without it most exponents of a Kerple model grow past 1.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            (free if name == "bias" or isinstance(module, nn.LayerNorm) else decayed).append(parameter)
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
     ]
 
 
