@@ -5,17 +5,21 @@ PYTHON ?= python3.11
 HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := $(VENV)/bin
+LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-all lint format bench clean
+.PHONY: help serve test test-all sanitize lint format bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(VENV)/.serve: pyproject.toml constraints.txt
+# pip shows nothing of a build that goes on without the C++ library, hence the question afterwards.
+$(VENV)/.serve: pyproject.toml constraints.txt hatch_build.py $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@test -f $(LIBRARY) || echo 'No C++ compiler: attention runs in plain PyTorch, several times slower.' \
+		'To mend it: apt install g++, then rm -r $(VENV). `$(BIN)/pip install -v -e .` shows the reason.'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
@@ -31,6 +35,16 @@ test: $(VENV)/.dev ## run the fast tests
 test-all: $(VENV)/.dev ## run every test, the slow ones too
 	$(BIN)/pytest $(ARGS)
 
+# Python itself is not built for sanitizers, so their library has to be loaded before it. They end the process
+# with a message, which pytest must not capture.
+sanitize: $(VENV)/.dev ## run the kernel tests with AddressSanitizer and UBSan
+	mkdir -p $(VENV)/sanitize
+	DAPE_CPU_SANITIZE=address,undefined $(BIN)/python kernels/csrc/build.py $(VENV)/sanitize/libdape_cpu.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		DAPE_CPU_LIBRARY=$(VENV)/sanitize/libdape_cpu.so \
+		$(BIN)/pytest -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py $(ARGS)
+
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,8 +55,9 @@ format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev ## measure prefill, decode and memory on this machine
-	$(BIN)/python benchmarks/long_context.py $(ARGS)
+bench: $(VENV)/.serve ## measure the kernels and the engine on this machine
+	$(BIN)/dape bench kernels --json benchmarks/results/kernels.json
+	$(BIN)/dape bench engine --json benchmarks/results/engine.json $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

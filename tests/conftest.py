@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dape_kernels.attention import BACKENDS, Backend
+from dape_kernels.cpu.library import (
+    INSTRUCTION_SETS,
+    LibraryMissingError,
+    instruction_set,
+    load,
+    set_instruction_set,
+)
 from golden import Golden
 
 REPOSITORY = Path(__file__).parents[1]
@@ -41,7 +50,44 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden.load(request.param)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend[Any]:
+CPU = [f"cpu-{name}" for name in INSTRUCTION_SETS]
+
+
+@contextmanager
+def backend_named(name: str) -> Iterator[Backend[Any]]:
+    """The backend of a test id; a test of what this machine lacks is skipped."""
+    key, _, wanted = name.partition("-")
+    if not wanted:
+        yield BACKENDS[key]
+        return
+    try:
+        before = instruction_set().partition("+")[0]
+        set_instruction_set(wanted)
+    except (LibraryMissingError, ValueError) as error:
+        pytest.skip(str(error))
+    yield BACKENDS[key]
+    set_instruction_set(before)
+
+
+@pytest.fixture(params=CPU)
+def cpu(request: pytest.FixtureRequest) -> Iterator[Backend[Any]]:
+    """The backend `cpu` with every instruction set of this machine in turn."""
+    with backend_named(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture
+def best_cpu() -> Backend[Any]:
+    """The backend `cpu` with the instruction set that this machine would choose."""
+    try:
+        load()
+    except LibraryMissingError as error:
+        pytest.skip(str(error))
+    return BACKENDS["cpu"]
+
+
+@pytest.fixture(params=[*CPU, *(name for name in BACKENDS if name != "cpu")])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend[Any]]:
     """Every attention backend of this machine in turn."""
-    return BACKENDS[request.param]
+    with backend_named(request.param) as backend:
+        yield backend

@@ -56,21 +56,32 @@ OFFICIAL: dict[str, Layer] = {
 }
 
 
-def random_module(layer: Layer, heads: int, head_dim: int, seed: int = 0) -> PositionalEncoding:
-    """A layer's positional parameters, all random: some below the limits that they are clamped to."""
+def random_module(
+    layer: Layer, heads: int, head_dim: int, seed: int = 0, std: float | None = 0.5
+) -> PositionalEncoding:
+    """A layer's positional parameters, all random: some below the limits that they are clamped to.
+
+    With `std` None they have the size of those that training starts from, and so have the scores.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = PositionalEncoding(*layer, heads, head_dim)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+        if std is not None:
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=std)
     return module
 
 
 def random_encoding(
-    layer: Layer, heads: int, head_dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
+    layer: Layer,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    std: float | None = 0.5,
 ) -> Encoding:
     """A layer's score function with random parameters."""
-    return random_module(layer, heads, head_dim, seed).to(dtype).requires_grad_(False).encoding()
+    return random_module(layer, heads, head_dim, seed, std).to(dtype).requires_grad_(False).encoding()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,7 @@ def page(
     block_size: int,
     *,
     seed: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Paged:
     """Put sequences into a paged cache whose unused slots are NaN.
 
@@ -107,6 +119,7 @@ def page(
         sequences: q [1, H, M, d] of the last M positions, k and v [1, H, N, d].
         block_size: tokens in a block.
         seed: shuffles the blocks; None leaves those of a sequence consecutive.
+        cache_dtype: by default that of the sequences.
     """
     heads, head_dim, dtype = sequences[0][1].shape[1], sequences[0][1].shape[3], sequences[0][1].dtype
     lengths = [key.shape[2] for _, key, _ in sequences]
@@ -119,7 +132,7 @@ def page(
     tables = torch.full((len(counts), max(counts) + 1), spare, dtype=torch.int32)
     for row, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
         tables[row, :count] = order[end - count : end]
-    cache = backend.allocate(blocks, block_size, heads, head_dim, dtype, torch.device("cpu"))
+    cache = backend.allocate(blocks, block_size, heads, head_dim, cache_dtype or dtype, torch.device("cpu"))
     nothing = torch.full((blocks * block_size, heads, head_dim), float("nan"), dtype=dtype)
     cache.write(nothing, nothing, torch.arange(len(nothing)))
 
@@ -132,6 +145,11 @@ def page(
     return Paged(
         flat(0), cache, RaggedBatch([0, *accumulate(rows)], lengths, tables, block_size), list(sequences)
     )
+
+
+def smallest_block(backend: Backend[Any]) -> int:
+    """The size of the smallest blocks that a backend and the tests' sequences can be cut into."""
+    return 16 if backend.name == "cpu" else 4
 
 
 def random_sequence(

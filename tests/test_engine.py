@@ -117,6 +117,20 @@ async def test_every_encoding_scores_as_a_full_forward_pass_does(
     assert scored == pytest.approx([float(expected[i - 1, ids[i]]) for i in range(1, 61)], abs=1e-4)
 
 
+@pytest.mark.usefixtures("best_cpu")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("int8", 0.1)])
+async def test_a_narrow_cache_moves_the_scores_a_little(folder: Path, dtype: str, tolerance: float) -> None:
+    """Blocks take as much less memory, scales included, as there are more of them."""
+    ids, window = tokens(2, 61), Window(0, 61, 1)
+    async with engine_of(folder, block_size=16, attention_backend="cpu") as engine:
+        [wide], blocks = await score(engine, ids, window), engine.num_blocks
+    async with engine_of(folder, block_size=16, kv_cache_dtype=dtype, attention_backend="cpu") as engine:
+        [narrow] = await score(engine, ids, window)
+        assert engine.num_blocks > 1.5 * blocks
+    assert narrow != wide
+    assert narrow == pytest.approx(wide, abs=tolerance)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"max_num_batched_tokens": 33}, {"block_size": 16}, {"attention_workspace": 1 << 20}]
 )

@@ -19,7 +19,16 @@ from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import reference_scores
 from dape_kernels.reference_backend import row_scores
-from layers import LAYERS, OFFICIAL, Paged, page, random_encoding, random_sequence, relative_error
+from layers import (
+    LAYERS,
+    OFFICIAL,
+    Paged,
+    page,
+    random_encoding,
+    random_sequence,
+    relative_error,
+    smallest_block,
+)
 
 CHUNKED = BACKENDS["chunked"]
 AMPLE = 1 << 20
@@ -124,17 +133,21 @@ def test_every_encoding_in_many_tiles(layer: str, slack: int) -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_chunks_agree_with_one_shot(backend: Backend[Any], layer: str) -> None:
     """Row by row, in chunks of odd sizes, and all at once."""
-    length = 23
-    encoding = random_encoding(LAYERS[layer], 3, 6, torch.float32)
-    sequence = random_sequence(length, length, 3, 6, torch.float32, torch.Generator().manual_seed(1))
+    length, block_size = 23, smallest_block(backend)
+    encoding = random_encoding(LAYERS[layer], 3, 8, torch.float32)
+    sequence = random_sequence(length, length, 3, 8, torch.float32, torch.Generator().manual_seed(1))
+    reason = backend.unsupported(encoding, torch.float32, torch.device("cpu"), block_size)
+    if reason is not None:
+        pytest.skip(f"{backend.name} {reason}")
+    encoding = backend.prepare(encoding, length, torch.device("cpu"))
 
     def run(sizes: list[int]) -> Tensor:
         parts, end = [], 0
         for size in sizes:
             start, end = end, end + size
             query, key, value = (x[:, :, :end] for x in sequence)
-            paged = page(backend, [(query[:, :, start:], key, value)], block_size=4, seed=end)
-            parts.append(attend(paged, encoding.with_tables(length), backend=backend))
+            paged = page(backend, [(query[:, :, start:], key, value)], block_size, seed=end)
+            parts.append(attend(paged, encoding, backend=backend))
         return torch.cat(parts)
 
     one_shot = run([length])
@@ -144,18 +157,22 @@ def test_chunks_agree_with_one_shot(backend: Backend[Any], layer: str) -> None:
 
 def test_batch_mates_do_not_matter(backend: Backend[Any]) -> None:
     """A sequence gets the same answer alone and among others."""
-    encoding = random_encoding(LAYERS["kerple-v1"], 3, 5)
-    together = random_batch([(37, 5), (9, 9), (150, 1), (2, 1)], backend=backend)
+    dtype, tolerance = (torch.float32, 1e-6) if backend.name == "cpu" else (torch.float64, 1e-12)
+    encoding, block_size = random_encoding(LAYERS["kerple-v1"], 3, 8, dtype), smallest_block(backend)
+    spans = [(37, 5), (9, 9), (150, 1), (2, 1)]
+    together = random_batch(spans, 3, 8, dtype, block_size, backend=backend)
     output = attend(together, encoding, backend=backend)
     for index, sequence in enumerate(together.plain):
-        alone = page(backend, [sequence], block_size=4)
+        alone = page(backend, [sequence], block_size)
         rows = slice(*together.batch.query_starts[index : index + 2])
-        assert relative_error(attend(alone, encoding, backend=backend), output[rows]) < 1e-12
+        assert relative_error(attend(alone, encoding, backend=backend), output[rows]) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_accumulates_in_float32(backend: Backend[Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["chunked", "reference"])
+def test_half_precision_accumulates_in_float32(name: str, dtype: torch.dtype) -> None:
     """Half-precision tensors lose accuracy once, when the output is rounded."""
+    backend = BACKENDS[name]
     encoding = random_encoding(LAYERS["kerple-v1"], 3, 5, torch.float32)
     paged = random_batch([(300, 3), (11, 11)], dtype=dtype, backend=backend)
     output, lse = paged_attention(
@@ -270,18 +287,19 @@ def test_row_scores_are_rows_of_the_definition(layer: str) -> None:
 
 
 def test_selection_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    encoding, cpu = random_encoding(LAYERS["kerple-v1"], 3, 5), torch.device("cpu")
+    layer = (random_encoding(LAYERS["cope"], 3, 5), torch.float32, torch.device("cpu"), 4)
     with caplog.at_level("INFO"):
-        assert select_backend("auto", encoding, torch.float32, cpu) is CHUNKED
-        assert select_backend("reference", encoding, torch.float32, cpu) is BACKENDS["reference"]
+        assert select_backend("auto", *layer) is CHUNKED
+        assert select_backend("reference", *layer) is BACKENDS["reference"]
+    reason = BACKENDS["cpu"].unsupported(*layer)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention backend chunked (first that supports the model)",
+        f"attention backend chunked (cpu: {reason}; first that supports the model)",
         "attention backend reference (asked for)",
     ]
-    with pytest.raises(ValueError, match="backend 'chuncked', expected one of auto, chunked"):
-        select_backend("chuncked", encoding, torch.float32, cpu)
-    with pytest.raises(ValueError, match=r"chunked: torch.int8 is none of .*; reference: torch.int8"):
-        select_backend("auto", encoding, torch.int8, cpu)
+    with pytest.raises(ValueError, match="backend 'chuncked', expected one of auto, cpu, chunked"):
+        select_backend("chuncked", *layer)
+    with pytest.raises(ValueError, match=r"cpu: .*; chunked: does not support a cache of torch.int8; ref"):
+        select_backend("auto", layer[0], torch.int8, *layer[2:])
 
 
 @pytest.mark.parametrize("layer", ["kerple-v1", "fire-v1", "cope", "kerple-v2-k3"])

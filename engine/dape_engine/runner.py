@@ -48,18 +48,24 @@ class ModelRunner:
         self.device = model.word_embeddings.weight.device
         self.block_size = options.block_size
         self.workspace = options.attention_workspace
-        self.encodings = [e.encoding().with_tables(max_model_len, self.device) for e in model.encodings]
+        encodings = [position.encoding() for position in model.encodings]
         dtype = cache_dtype(model, options)
         try:
-            self.backend = select_backend(options.attention_backend, self.encodings[0], dtype, self.device)
+            self.backend = select_backend(
+                options.attention_backend, encodings[0], dtype, self.device, self.block_size
+            )
         except ValueError as error:
             raise SettingsError(f"attention_backend: {error}") from error
+        self.encodings = [self.backend.prepare(e, max_model_len, self.device) for e in encodings]
         config = model.config
-        self.num_blocks = options.kv_cache_memory // block_bytes(model, options)
+        block_bytes = config.num_hidden_layers * self.backend.block_bytes(
+            self.block_size, config.num_attention_heads, config.head_dim, dtype
+        )
+        self.num_blocks = options.kv_cache_memory // block_bytes
         if self.num_blocks < 2:
             raise SettingsError(
                 f"kv_cache_memory: {options.kv_cache_memory} bytes hold {self.num_blocks} blocks of "
-                f"{block_bytes(model, options)} bytes; at least 2 are needed"
+                f"{block_bytes} bytes; at least 2 are needed"
             )
         self.caches = [
             self.backend.allocate(
@@ -181,10 +187,3 @@ def cache_dtype(model: DapeForCausalLM, options: EngineOptions) -> torch.dtype:
         return model.word_embeddings.weight.dtype
     dtype: torch.dtype = getattr(torch, options.kv_cache_dtype)
     return dtype
-
-
-def block_bytes(model: DapeForCausalLM, options: EngineOptions) -> int:
-    """Return the bytes of one cache block over all layers, keys and values."""
-    config = model.config
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * cache_dtype(model, options).itemsize
-    return per_token * options.block_size

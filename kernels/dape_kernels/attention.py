@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dape_kernels.chunked import ChunkedBackend
+from dape_kernels.cpu import CpuBackend
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import ReferenceBackend
@@ -54,8 +55,22 @@ class Backend(Protocol[Cache]):
         """The name in `BACKENDS`."""
         ...
 
-    def unsupported(self, encoding: Encoding, dtype: torch.dtype, device: torch.device) -> str | None:
+    def describe(self) -> str:
+        """Return one line about what runs here, or why nothing does."""
+        ...
+
+    def unsupported(
+        self, encoding: Encoding, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> str | None:
         """Return why layers with this encoding and cache cannot run here, None if they can."""
+        ...
+
+    def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:
+        """Return an encoding with all that can be computed beforehand for contexts up to `length`."""
+        ...
+
+    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one cache block of one layer, keys and values with all that belongs to them."""
         ...
 
     def allocate(
@@ -79,11 +94,13 @@ class Backend(Protocol[Cache]):
 
 # The first that supports a layer is chosen, so the fastest come first.
 BACKENDS: dict[str, Backend[Any]] = {
-    backend.name: backend for backend in (ChunkedBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CpuBackend(), ChunkedBackend(), ReferenceBackend())
 }
 
 
-def select_backend(name: str, encoding: Encoding, dtype: torch.dtype, device: torch.device) -> Backend[Any]:
+def select_backend(
+    name: str, encoding: Encoding, dtype: torch.dtype, device: torch.device, block_size: int
+) -> Backend[Any]:
     """Return the backend `name`, or with "auto" the first of `BACKENDS` that supports the layer.
 
     Args:
@@ -91,6 +108,7 @@ def select_backend(name: str, encoding: Encoding, dtype: torch.dtype, device: to
         encoding: the layer's score function.
         dtype: of the cache.
         device: of the cache and the queries.
+        block_size: tokens in a block of the cache.
 
     Raises:
         ValueError: no such backend, or none of those allowed can run the layer; with the reasons.
@@ -100,7 +118,7 @@ def select_backend(name: str, encoding: Encoding, dtype: torch.dtype, device: to
         raise ValueError(f"unknown attention backend {name!r}, expected one of {known}")
     reasons: list[str] = []
     for backend in BACKENDS.values() if name == AUTO else (BACKENDS[name],):
-        reason = backend.unsupported(encoding, dtype, device)
+        reason = backend.unsupported(encoding, dtype, device, block_size)
         if reason is None:
             why = "asked for" if name != AUTO else "; ".join([*reasons, "first that supports the model"])
             logger.info("attention backend %s (%s)", backend.name, why)
@@ -124,10 +142,11 @@ def paged_attention(
         query: [T, H, d], rotated already where the encoding is rotary.
         cache: made by `backend.allocate`; holds the keys and values of all positions, new rows included.
         batch: which rows belong to which sequence.
-        encoding: the layer's score function. `Encoding.with_tables` for the longest context saves
-            tabulating it in every call.
+        encoding: the layer's score function. `Backend.prepare` for the longest context saves preparing
+            it in a call.
         backend: see `select_backend`.
-        workspace: bytes of temporary memory, whatever the lengths of the contexts.
+        workspace: bytes of temporary memory, whatever the lengths of the contexts, where the backend's
+            need is not small and fixed.
 
     Returns:
         The attention output [T, H, d] in the dtype of `query`, and the log-sum-exp [T, H] of every row's

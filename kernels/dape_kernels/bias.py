@@ -153,11 +153,15 @@ class Fire:
     activation: Callable[[Tensor], Tensor]
     distance_only: bool = False
 
-    def _psi(self, x: Tensor) -> Tensor:
-        return torch.log(torch.abs(self.c * x) + 1)
+    def psi(self, distance: Tensor) -> Tensor:
+        """Return the numerator for integer distances of any shape."""
+        return torch.log(torch.abs(self.c * distance) + 1)
+
+    def norm(self, query: Tensor) -> Tensor:
+        """Return the denominator for integer query positions of any shape."""
+        return self.psi(torch.maximum(query.to(self.c.dtype), self.threshold)) + FIRE_EPSILON
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        normaliser = self._psi(torch.maximum(query.to(self.c.dtype), self.threshold)) + FIRE_EPSILON
-        ratio = self._psi(_distance(query, key)) / normaliser
+        ratio = self.psi(_distance(query, key)) / self.norm(query)
         hidden = self.activation(ratio.unsqueeze(-1) * self.hidden_weight[:, 0] + self.hidden_bias)
         return functional.linear(hidden, self.out_weight, self.out_bias).movedim(-1, 0)

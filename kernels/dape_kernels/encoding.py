@@ -7,8 +7,9 @@ kernel implements one formula, not one per form. Letters: H heads, D hidden widt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from dape_kernels.bias import Bias
 
 RightEdge = Literal["extended", "official"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,14 @@ class Encoding:
     dape: Dape | None = None
     cope: Cope | None = None
     tables: Tables | None = field(default=None, repr=False)
+    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return `make()`, called once per encoding and key: what a backend prepares for a layer."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        result: T = self._memo[key]
+        return result
 
     @property
     def scale(self) -> float:

@@ -41,16 +41,27 @@ class HeadMajorCache:
 class HeadMajorBackend:
     """Every encoding on every device that PyTorch has."""
 
+    def describe(self) -> str:
+        """Return one line about what runs here."""
+        return f"PyTorch {torch.__version__}"
+
     def unsupported(
         self,
         encoding: Encoding,  # noqa: ARG002 (all are supported)
         dtype: torch.dtype,
         device: torch.device,  # noqa: ARG002
+        block_size: int,  # noqa: ARG002
     ) -> str | None:
         """Return why a layer cannot run here, None if it can."""
-        if dtype in DTYPES:
-            return None
-        return f"{dtype} is none of {', '.join(map(str, DTYPES))}"
+        return None if dtype in DTYPES else f"does not support a cache of {dtype}"
+
+    def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:
+        """Return an encoding with its tables for contexts up to `length`."""
+        return encoding.with_tables(length, device)
+
+    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block of one layer."""
+        return 2 * block_size * heads * head_dim * dtype.itemsize
 
     def allocate(
         self,

@@ -9,9 +9,12 @@ from rich.table import Table
 
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
+from dape_engine.errors import SettingsError
+from dape_engine.options import EngineOptions
 from dape_kernels.attention import BACKENDS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+BLOCK_SIZE = EngineOptions.model_fields["block_size"].default
 EXAMPLES = {
     "kerple": (PositionConfig(kind="kerple"), None),
     "DAPE-Kerple": (PositionConfig(kind="kerple"), DapeConfig()),
@@ -25,13 +28,21 @@ EXAMPLES = {
 def backends() -> None:
     """List the attention backends, what each can run here, and which one is chosen."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    table = Table("device", "dtype", "encoding", *BACKENDS, "chosen")
+    console = Console()
+    for key, backend in BACKENDS.items():
+        try:
+            console.print(f"{key}: {backend.describe()}", highlight=False)
+        except ValueError as error:  # a wrong setting in the environment
+            raise SettingsError(str(error)) from error
+    table = Table("device", "cache", "encoding", *BACKENDS, "chosen")
     for device in devices:
         for dtype in DTYPES:
             for name, (position, dape) in EXAMPLES.items():
                 encoding = PositionalEncoding(position, dape, 12, 64).encoding()
-                reasons = {key: b.unsupported(encoding, dtype, device) for key, b in BACKENDS.items()}
+                reasons = {
+                    key: b.unsupported(encoding, dtype, device, BLOCK_SIZE) for key, b in BACKENDS.items()
+                }
                 chosen = next((key for key, reason in reasons.items() if reason is None), "none")
                 shown = ["yes" if reason is None else reason for reason in reasons.values()]
                 table.add_row(str(device), str(dtype).removeprefix("torch."), name, *shown, chosen)
-    Console().print(table)
+    console.print(table)

@@ -1,0 +1,96 @@
+// The C interface between dape_kernels/cpu and the library: plain structs and functions, mirrored field by
+// field in library.py. Letters: T rows of a ragged batch, S sequences, H heads, d head size, D width.
+#pragma once
+
+#include <cstdint>
+
+namespace dape {
+
+// Keys in one panel of the cache; blocks hold a whole number of panels.
+constexpr int kPanel = 16;
+
+enum Storage : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// Keys and values of one layer. All tensors consist of 32-bit words: a float, two bfloat16 or four int8
+// ("lanes", G of them), so that a vector load gives the same word of 16 keys or of 16 elements.
+struct Cache {
+    uint32_t* key;       // [panels, H, d / G, 16]: word (e / G, key) holds elements e .. e + G - 1 of a key
+    uint32_t* value;     // [panels, H, 16 / G, dv]: word (key / G, e) holds keys key .. key + G - 1; dv = d
+                         // rounded up to 16
+    float* key_scale;    // [panels, H, 16], int8 only: element = lane * scale of its key
+    float* value_scale;  // [panels, H, 16], int8 only
+    int64_t panels;
+    int32_t heads;
+    int32_t head_dim;  // a multiple of 8
+    int32_t storage;   // Storage
+};
+
+// The part of the scores that depends on positions only: C channels, functions of query i and key j.
+// k = 1: the D hidden channels W1_B b + b1, then the H residual channels [b] + b2 (H without DAPE);
+// k > 1: the H biases b, inputs of the convolution. C = 0: there is none.
+struct Positional {
+    int32_t channels;
+    int32_t knots;          // > 0: piecewise linear in x = ramp(i - j) * inverse_norm(i), else a table
+    const float* table;     // [C, stride]: entry `origin` - (i - j); entries behind `origin` are zero
+    int64_t stride;         // floats from one channel to the next
+    int64_t origin;         // index of distance 0; distances up to `origin` are tabulated
+    const float* ramp;      // reversed as the table, one channel, rising with the distance
+    const float* inverse_norm;  // by query position
+    const float* knot;      // [knots], rising
+    const float* offset;    // [knots + 1, C]: channel = offset[s] + slope[s] * x in segment s, where s is the
+    const float* slope;     // number of knots below x
+};
+
+// One layer's score function. Scores are in units of log 2: the query is scaled by log2(e) / sqrt(d) and the
+// weights and tables are scaled to match, so that weights are 2^score.
+struct Encoding {
+    float query_scale;
+    int32_t width;          // D; 0 without DAPE
+    int32_t kernel;         // k: 1, 3 or 5
+    int32_t inputs;         // channels of the first convolution: H, or 2 H with biases (k > 1)
+    int32_t keeps_scores;   // whether the residual A is added
+    int32_t keeps_bias;     // whether the residual b is added (k > 1; k = 1 has it in the residual channels)
+    const float* first;     // [k, inputs, D]
+    const float* hidden_bias;  // [D], k > 1
+    const float* second;    // [k, D, H]
+    const float* out_bias;  // [H], k > 1
+    Positional positional;
+};
+
+struct Attention {
+    Cache cache;
+    Encoding encoding;
+    const void* query;  // [T, H, d], elements of a head adjacent
+    int64_t query_row_stride, query_head_stride;
+    void* output;  // [T, H, d], contiguous, of the query's type
+    float* lse;    // [T, H], contiguous, natural logarithm
+    int32_t query_type;  // kFloat32 or kBfloat16; with bfloat16, products are bfloat16 where the processor can
+    int32_t threads;
+    int64_t sequences;
+    const int64_t* query_starts;   // [S + 1]
+    const int64_t* context_lens;   // [S]
+    const int32_t* block_tables;   // [S, table_stride]
+    int64_t table_stride;
+    int64_t panels_per_block;
+};
+
+}  // namespace dape
+
+extern "C" {
+
+// Instruction set in use: "avx512", "avx2" or "portable", followed by "+bf16" or "+amx" where bfloat16 products run,
+// by vector or by matrix units.
+const char* dape_isa();
+// Choose an instruction set by name ("auto": the best). Returns 0, or 1 if this processor or build lacks it.
+int32_t dape_set_isa(const char* name);
+
+// Compute attention of all rows. Returns 0, or 1 if memory ran out.
+int32_t dape_attend(const dape::Attention* attention);
+
+// Store keys and values [T, H, d] of `source_type` in slots [T] (slot = panel * 16 + place).
+void dape_write(const dape::Cache* cache, const void* key, const void* value, int32_t source_type,
+                int64_t key_row_stride, int64_t key_head_stride, int64_t value_row_stride,
+                int64_t value_head_stride, const int64_t* slots, int64_t rows, int32_t threads);
+// Copy keys and values of slots [n] as float32 [H, n, d].
+void dape_read(const dape::Cache* cache, const int64_t* slots, int64_t count, float* key, float* value);
+}

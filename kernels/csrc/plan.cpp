@@ -1,0 +1,96 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dape {
+
+namespace {
+
+// Keys that a part has at least, times rows: fewer cost more to merge than they save.
+constexpr int64_t kLeastWork = 1024;
+// Items per thread that keep the threads evenly busy.
+constexpr int64_t kItemsPerThread = 4;
+
+uint16_t round_to_bfloat16(float x) {
+    uint32_t bits;
+    static_assert(sizeof bits == sizeof x);
+    std::copy_n(reinterpret_cast<const char*>(&x), sizeof x, reinterpret_cast<char*>(&bits));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+int64_t work(const Item& item) { return item.rows * (item.last_key - item.first_key); }
+
+}  // namespace
+
+Plan make_plan(const Attention& attention, int threads) {
+    Plan plan;
+    const int64_t most_rows = rows_per_item(attention.cache.heads);
+    std::vector<Item> blocks;
+    int64_t total = 0;
+    for (int64_t sequence = 0; sequence < attention.sequences; ++sequence) {
+        const int64_t start = attention.query_starts[sequence], rows = attention.query_starts[sequence + 1] - start;
+        for (int64_t row = 0; row < rows; row += most_rows) {
+            Item item{};
+            item.sequence = sequence;
+            item.first_row = start + row;
+            item.position = attention.context_lens[sequence] - rows + row;
+            item.rows = int32_t(std::min(most_rows, rows - row));
+            item.last_key = item.position + item.rows;
+            total += work(item);
+            blocks.push_back(item);
+        }
+    }
+    const int64_t most_work = std::max(kLeastWork, total / (threads * kItemsPerThread));
+    int64_t floats = 0;
+    for (const Item& block : blocks) {
+        const int64_t wanted = threads > 1 ? (work(block) + most_work - 1) / most_work : 1;
+        const int64_t tiles = (block.last_key + kTile - 1) / kTile, count = std::min(wanted, tiles);
+        if (count < 2) {
+            plan.items.push_back(block);
+            continue;
+        }
+        plan.splits.push_back({int64_t(plan.parts.size()), int32_t(count)});
+        for (int64_t part = 0; part < count; ++part) {
+            Item item = block;
+            item.first_key = tiles * part / count * kTile;
+            item.last_key = std::min(tiles * (part + 1) / count * kTile, block.last_key);
+            plan.parts.push_back(item);
+            floats += int64_t(item.rows) * attention.cache.heads * (attention.cache.head_dim + 1);
+        }
+    }
+    plan.memory.resize(floats);
+    float* memory = plan.memory.data();
+    for (Item& item : plan.parts) {
+        item.part = memory;
+        memory += int64_t(item.rows) * attention.cache.heads * (attention.cache.head_dim + 1);
+    }
+    plan.items.insert(plan.items.end(), plan.parts.begin(), plan.parts.end());
+    std::stable_sort(plan.items.begin(), plan.items.end(),
+                     [](const Item& a, const Item& b) { return work(a) > work(b); });
+    return plan;
+}
+
+void merge(const Attention& attention, const Plan& plan, const Plan::Split& split) {
+    const Item* parts = &plan.parts[split.first_item];
+    const int64_t heads = attention.cache.heads, dim = attention.cache.head_dim;
+    for (int64_t row = 0; row < parts->rows; ++row)
+        for (int64_t head = 0; head < heads; ++head) {
+            const int64_t own = (row * heads + head) * (dim + 1), at = (parts->first_row + row) * heads + head;
+            float top = parts->part[own + dim], mass = 0;
+            for (int part = 1; part < split.count; ++part) top = std::max(top, parts[part].part[own + dim]);
+            for (int part = 0; part < split.count; ++part) mass += std::exp2(parts[part].part[own + dim] - top);
+            attention.lse[at] = (top + std::log2(mass)) * float(M_LN2);
+            for (int64_t i = 0; i < dim; ++i) {
+                float sum = 0;
+                for (int part = 0; part < split.count; ++part)
+                    sum += std::exp2(parts[part].part[own + dim] - top) * parts[part].part[own + i];
+                if (attention.query_type == kBfloat16)
+                    static_cast<uint16_t*>(attention.output)[at * dim + i] = round_to_bfloat16(sum / mass);
+                else static_cast<float*>(attention.output)[at * dim + i] = sum / mass;
+            }
+        }
+}
+
+}  // namespace dape

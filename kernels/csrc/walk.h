@@ -1,0 +1,34 @@
+// One piece of work and the function of each instruction set that does it.
+#pragma once
+
+#include "abi.h"
+
+namespace dape {
+
+// Some adjacent rows of one sequence and a range of its keys.
+struct Item {
+    int64_t sequence;
+    int64_t first_row;  // in the batch
+    int64_t position;   // of the first row in its sequence
+    int32_t rows;
+    int64_t first_key;  // a multiple of kTile
+    int64_t last_key;   // one behind the last; a multiple of kTile or the position behind the last row
+    float* part;        // null: the rows are complete and go to the output; else [rows, H, d + 1]: outputs of
+                        // this range of keys and the log2 of the sum of their weights
+};
+
+// Keys of a tile.
+constexpr int kTile = 64;
+
+// Queries that share the keys of a tile, so that scores and outputs of all heads stay in the second-level cache.
+static inline int rows_per_item(int heads) { return heads <= 16 ? 48 : heads <= 32 ? 12 : 6; }
+
+struct Kernel {
+    const char* name;
+    bool bfloat16;  // whether it multiplies bfloat16
+    int64_t (*scratch_bytes)(const Attention& attention);
+    // scratch: 64-byte aligned, its content is of no importance.
+    void (*walk)(const Attention& attention, const Item& item, void* scratch);
+};
+
+}  // namespace dape

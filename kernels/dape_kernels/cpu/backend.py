@@ -1,0 +1,158 @@
+"""The backend: checks, and one call of the library for all rows of a batch.
+
+Letters: T rows of the batch, S sequences, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from dape_kernels.bias import Fire
+from dape_kernels.cpu.cache import PanelCache, block_bytes, check_rows, widen
+from dape_kernels.cpu.encoding import FIRE_SLOPES, PreparedEncoding
+from dape_kernels.cpu.library import (
+    PANEL,
+    STORAGE,
+    AttentionStruct,
+    LibraryMissingError,
+    instruction_set,
+    load,
+)
+from dape_kernels.encoding import Encoding
+from dape_kernels.paged import RaggedBatch
+
+MAX_HEADS = 64
+MAX_HEAD_DIM = 256
+MAX_WIDTH = 128
+KERNELS = (1, 3, 5)
+
+
+class CpuBackend:
+    """Every encoding but CoPE, on CPUs, in a few megabytes of scratch memory per thread."""
+
+    name = "cpu"
+
+    def describe(self) -> str:
+        """Return one line about what runs here."""
+        try:
+            return f"C++ with {instruction_set()}"
+        except LibraryMissingError as error:
+            return str(error)
+
+    def unsupported(
+        self, encoding: Encoding, dtype: torch.dtype, device: torch.device, block_size: int
+    ) -> str | None:
+        """Return why a layer cannot run here, None if it can."""
+        try:
+            load()
+        except LibraryMissingError as error:
+            return str(error)
+        dape, bias = encoding.dape, encoding.bias
+        width, kernel = (0, 1) if dape is None else (len(dape.hidden_bias), dape.kernel)
+        piecewise = isinstance(bias, Fire) and bias.activation in FIRE_SLOPES
+        official = kernel > 1 and dape is not None and dape.right_edge == "official"
+        obstacles = (
+            (device.type != "cpu", f"{device.type} devices"),
+            (dtype not in STORAGE, f"a cache of {dtype}"),
+            (block_size % PANEL != 0, f"block size {block_size}, no multiple of {PANEL}"),
+            (encoding.heads > MAX_HEADS, f"{encoding.heads} heads, above {MAX_HEADS}"),
+            (encoding.head_dim % 8 != 0, f"head size {encoding.head_dim}, no multiple of 8"),
+            (encoding.head_dim > MAX_HEAD_DIM, f"head size {encoding.head_dim}, above {MAX_HEAD_DIM}"),
+            (width > MAX_WIDTH, f"DAPE width {width}, above {MAX_WIDTH}"),
+            (kernel not in KERNELS, f"DAPE kernel {kernel}, none of {', '.join(map(str, KERNELS))}"),
+            (official, "the official right edge"),
+            (encoding.cope is not None, "CoPE"),
+            (bias is not None and not (bias.distance_only or piecewise), "this form of FIRE"),
+        )
+        return next((f"does not support {text}" for present, text in obstacles if present), None)
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,  # noqa: ARG002 (a CPU)
+    ) -> PanelCache:
+        """Return a cache for one layer whose slots hold nothing yet."""
+        return PanelCache.allocate(num_blocks, block_size, heads, head_dim, dtype)
+
+    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block of one layer."""
+        return block_bytes(block_size, heads, head_dim, dtype)
+
+    def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:  # noqa: ARG002
+        """Return an encoding with its weights and tables laid out for contexts up to `length`."""
+        _prepared(encoding).struct(length)
+        return encoding
+
+    def attend(
+        self,
+        query: Tensor,
+        cache: PanelCache,
+        batch: RaggedBatch,
+        encoding: Encoding,
+        workspace: int,  # noqa: ARG002 (the kernels' scratch memory is small and fixed)
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attention output [T, H, d] and the log-sum-exp [T, H]; see `paged_attention`.
+
+        Products are bfloat16 where queries are and the processor can, else float32; sums are float32.
+
+        Raises:
+            ValueError: queries that the kernels cannot read in place, or a batch that does not fit the cache.
+        """
+        rows = widen(query)
+        check_rows("query", rows, cache.struct)
+        layout = batch.memo(CpuBackend.name, lambda: _Layout(batch, cache))
+        if len(rows) != layout.rows:
+            raise ValueError(f"query has {len(rows)} rows, the batch {layout.rows}")
+        output = torch.empty(rows.shape, dtype=rows.dtype)
+        lse = torch.empty(rows.shape[:2])
+        call = AttentionStruct(
+            cache=cache.struct,
+            encoding=_prepared(encoding).struct(layout.longest),
+            query=rows.data_ptr(),
+            query_row_stride=rows.stride(0),
+            query_head_stride=rows.stride(1),
+            output=output.data_ptr(),
+            lse=lse.data_ptr(),
+            query_type=STORAGE[rows.dtype],
+            threads=torch.get_num_threads(),
+            sequences=len(layout.context_lens),
+            query_starts=layout.query_starts.data_ptr(),
+            context_lens=layout.context_lens.data_ptr(),
+            block_tables=layout.block_tables.data_ptr(),
+            table_stride=layout.block_tables.stride(0),
+            panels_per_block=batch.block_size // PANEL,
+        )
+        if load().dape_attend(byref(call)):
+            raise MemoryError("no memory for the scratch of the attention threads")
+        return output.to(query.dtype), lse
+
+
+class _Layout:
+    """A batch as the library reads it, checked: what all layers of a step share."""
+
+    def __init__(self, batch: RaggedBatch, cache: PanelCache):
+        self.query_starts = torch.tensor(batch.query_starts)
+        self.context_lens = torch.tensor(batch.context_lens)
+        self.block_tables = batch.block_tables.to(torch.int32).contiguous()
+        self.rows = batch.query_starts[-1]
+        self.longest = max(batch.context_lens)
+        counts = self.query_starts.diff()
+        if batch.query_starts[0] != 0 or (counts < 0).any() or (counts > self.context_lens).any():
+            raise ValueError(f"query_starts {batch.query_starts} do not fit contexts {batch.context_lens}")
+        if batch.block_size != cache.block_size:
+            raise ValueError(f"the batch has blocks of {batch.block_size}, the cache of {cache.block_size}")
+        if self.block_tables.shape[1] * batch.block_size < self.longest:
+            raise ValueError(f"block_tables are too narrow for a context of {self.longest}")
+        if not 0 <= int(self.block_tables.min()) <= int(self.block_tables.max()) < cache.num_blocks:
+            raise ValueError(f"block_tables name a block outside of 0 to {cache.num_blocks - 1}")
+
+
+def _prepared(encoding: Encoding) -> PreparedEncoding:
+    return encoding.memo(CpuBackend.name, lambda: PreparedEncoding(encoding))

@@ -1,0 +1,148 @@
+"""The compiled library and its C interface: mirrors kernels/csrc/abi.h field by field.
+
+`load` opens the library beside this file, or the one that DAPE_CPU_LIBRARY names, when it is first needed.
+DAPE_CPU_ISA chooses among the instruction sets that it was compiled for.
+"""
+
+from __future__ import annotations
+
+import os
+from ctypes import CDLL, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+PANEL = 16  # keys in one panel of the cache
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class CacheStruct(Structure):
+    """Keys and values of one layer."""
+
+    _fields_ = (
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("key_scale", c_void_p),
+        ("value_scale", c_void_p),
+        ("panels", c_int64),
+        ("heads", c_int32),
+        ("head_dim", c_int32),
+        ("storage", c_int32),
+    )
+
+
+class PositionalStruct(Structure):
+    """The part of the scores that depends on positions only."""
+
+    _fields_ = (
+        ("channels", c_int32),
+        ("knots", c_int32),
+        ("table", c_void_p),
+        ("stride", c_int64),
+        ("origin", c_int64),
+        ("ramp", c_void_p),
+        ("inverse_norm", c_void_p),
+        ("knot", c_void_p),
+        ("offset", c_void_p),
+        ("slope", c_void_p),
+    )
+
+
+class EncodingStruct(Structure):
+    """One layer's score function, in units of log 2."""
+
+    _fields_ = (
+        ("query_scale", c_float),
+        ("width", c_int32),
+        ("kernel", c_int32),
+        ("inputs", c_int32),
+        ("keeps_scores", c_int32),
+        ("keeps_bias", c_int32),
+        ("first", c_void_p),
+        ("hidden_bias", c_void_p),
+        ("second", c_void_p),
+        ("out_bias", c_void_p),
+        ("positional", PositionalStruct),
+    )
+
+
+class AttentionStruct(Structure):
+    """One call: queries of a ragged batch, cache, score function and results."""
+
+    _fields_ = (
+        ("cache", CacheStruct),
+        ("encoding", EncodingStruct),
+        ("query", c_void_p),
+        ("query_row_stride", c_int64),
+        ("query_head_stride", c_int64),
+        ("output", c_void_p),
+        ("lse", c_void_p),
+        ("query_type", c_int32),
+        ("threads", c_int32),
+        ("sequences", c_int64),
+        ("query_starts", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("panels_per_block", c_int64),
+    )
+
+
+class LibraryMissingError(Exception):
+    """There is no library for this machine; the message says why and how to get it."""
+
+
+@cache
+def load() -> CDLL:
+    """Return the library, opened once.
+
+    Raises:
+        LibraryMissingError: it was not built, or cannot be opened.
+        ValueError: DAPE_CPU_ISA is wrong.
+    """
+    path = Path(os.environ.get("DAPE_CPU_LIBRARY") or Path(__file__).with_name("libdape_cpu.so"))
+    if not path.exists():
+        raise LibraryMissingError(f"{path.name} was not built; install g++, then dape-serve again")
+    try:
+        library = CDLL(str(path))
+    except OSError as error:
+        raise LibraryMissingError(f"{path} cannot be opened: {error}") from error
+    library.dape_isa.restype = c_char_p
+    library.dape_set_isa.argtypes = (c_char_p,)
+    library.dape_attend.argtypes = (POINTER(AttentionStruct),)
+    library.dape_write.argtypes = (
+        POINTER(CacheStruct),
+        *(c_void_p, c_void_p, c_int32),
+        *(c_int64, c_int64, c_int64, c_int64),
+        *(c_void_p, c_int64, c_int32),
+    )
+    library.dape_write.restype = None
+    library.dape_read.argtypes = (POINTER(CacheStruct), c_void_p, c_int64, c_void_p, c_void_p)
+    library.dape_read.restype = None
+    _choose(library, os.environ.get("DAPE_CPU_ISA") or "auto", "DAPE_CPU_ISA")
+    return library
+
+
+def instruction_set() -> str:
+    """Return the instruction set in use, with "+bf16" where bfloat16 products run; see `load`."""
+    name: bytes = load().dape_isa()
+    return name.decode()
+
+
+def set_instruction_set(name: str) -> None:
+    """Use an instruction set from now on; "auto" is the best one.
+
+    Raises:
+        ValueError: no such instruction set, or this processor or build lacks it.
+        LibraryMissingError: see `load`.
+    """
+    _choose(load(), name, "instruction set")
+
+
+def _choose(library: CDLL, name: str, setting: str) -> None:
+    if name not in ("auto", *INSTRUCTION_SETS):
+        raise ValueError(f"{setting} is {name!r}, expected one of auto, {', '.join(INSTRUCTION_SETS)}")
+    if library.dape_set_isa(name.encode()):
+        raise ValueError(f"{setting} is {name!r}, which this processor or this build of the library lacks")
