@@ -1,7 +1,7 @@
 """Fill the tables of the README and of the model cards with measured numbers: none is typed by hand.
 
-Reads docs/results/extrapolation.json (`dape evaluate --json`) and benchmarks/results/long_context.json
-(`benchmarks/long_context.py --json`).
+Reads docs/results/extrapolation.json (`dape evaluate --json`) and benchmarks/results/engine.json
+(`dape bench engine --json`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
         update_card(SHIPPED / name / "README.md", {**results, "models": {name: entries}})
     readme = REPOSITORY / "README.md"
     text = replace(readme.read_text(), "results", extrapolation(results))
-    text = replace(text, "speed", speed(read("benchmarks/results/long_context.json")))
+    text = replace(text, "speed", speed(read("benchmarks/results/engine.json")))
     readme.write_text(text)
 
 
@@ -84,8 +84,11 @@ def speed(results: Any) -> str:
         for case in next(iter(models.values()))[group]:
             values = [f"{figures[group][case]:,.0f} {unit}" for figures in models.values()]
             rows.append([label.format(case), *values])
-    machine = results["machine"]
-    note = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, float32."
+    starts = [figures.get("seconds_to_first_token") for figures in models.values()]
+    if None not in starts:
+        rows.append(["`dape serve`, start to first token", *(f"{seconds:.1f} s" for seconds in starts)])
+    machine, dtype = results["machine"], results["settings"]["dtype"]
+    note = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, weights {dtype}."
     return f"{note}\n\n" + markdown(["", *models], rows)
 
 

@@ -35,7 +35,7 @@ def dape(*arguments: str, **more: Any) -> Result:
 
 def test_help_lists_every_command() -> None:
     result = dape("--help")
-    for name in ("serve", "generate", "score", "evaluate", "train", "backends"):
+    for name in ("serve", "generate", "score", "evaluate", "train", "bench", "backends"):
         assert f"  {name} " in result.output
 
 

@@ -1,11 +1,13 @@
-"""The `dape` command: serve, generate, score, evaluate, train, backends."""
+"""The `dape` command: serve, generate, score, evaluate, train, bench, backends."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 # Waiting OpenMP threads must sleep, not spin: with a busy neighbour on the machine every parallel
 # region would otherwise wait for a time slice. Has to be set before torch is imported.
@@ -16,23 +18,36 @@ from rich.logging import RichHandler
 
 from dape_engine.errors import DapeError
 
-COMMANDS = ("serve", "generate", "score", "evaluate", "train", "backends")
+COMMANDS = ("serve", "generate", "score", "evaluate", "train", "bench", "backends")
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module when it is called, so that `dape --help` is quick."""
+    """Imports a command's module when it is called, so that `dape --help` is quick.
+
+    Args:
+        modules: the module of each command; it holds the command under the same name.
+        arguments: as for `click.Group`.
+    """
+
+    def __init__(self, *, modules: Mapping[str, str], **arguments: Any):
+        super().__init__(**arguments)
+        self._modules = modules
 
     def list_commands(self, _: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return list(self._modules)
 
     def get_command(self, _: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
+        if name not in self._modules:
             return None
-        command: click.Command = getattr(import_module(f"dape_server.cli.{name}"), name)
+        command: click.Command = getattr(import_module(self._modules[name]), name)
         return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    modules={name: f"dape_server.cli.{name}" for name in COMMANDS},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="dape-serve", prog_name="dape")
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def cli(verbose: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,16 +18,19 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 logger = logging.getLogger(__name__)
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Return the lengths of "128,512,2048".
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
+    """Return the lengths of "128,512,2048", given by an option.
 
     Raises:
-        SettingsError: an entry is not a whole number.
+        SettingsError: an entry is not a whole number above 0.
     """
     try:
-        return sorted({int(entry) for entry in text.split(",")})
+        lengths = sorted({int(entry) for entry in text.split(",")})
     except ValueError as error:
-        raise SettingsError(f"--lengths {text}: expected whole numbers with commas between them") from error
+        raise SettingsError(f"{option} {text}: expected whole numbers with commas between them") from error
+    if lengths[0] < 1:
+        raise SettingsError(f"{option} {text}: {lengths[0]} is below 1")
+    return lengths
 
 
 def default_lengths(limit: int) -> list[int]:
@@ -34,9 +39,14 @@ def default_lengths(limit: int) -> list[int]:
 
 
 class Work:
-    """Progress of long work on stderr: a bar on a terminal, a plain line every tenth in a log."""
+    """Progress of long work on stderr: a bar on a terminal, a plain line every tenth in a log.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what is counted, for the log.
+    """
+
+    def __init__(self, unit: str = "tokens read") -> None:
+        self._unit = unit
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -58,7 +68,19 @@ class Work:
         tenth = 10 * done // total
         if self._bar.disable and tenth > self._tenths.get(name, 0):
             self._tenths[name] = tenth
-            logger.info("%s: %d of %d tokens read", name, done, total)
+            logger.info("%s: %d of %d %s", name, done, total, self._unit)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write numbers for other programs.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise SettingsError(f"cannot write {path}: {error.strerror}") from error
 
 
 def plot_lengths(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str) -> None:

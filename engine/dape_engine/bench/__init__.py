@@ -1,0 +1,1 @@
+"""Measures the whole engine: prefill, decoding and memory, alone or beside another engine."""

@@ -1,0 +1,37 @@
+"""Models with random weights, for speed only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from dape_engine.config import DapeConfig, ModelConfig, PositionConfig
+from dape_engine.model import DapeForCausalLM, initialise
+from dape_engine.tokenizer import FILE
+from dape_engine.weights import DEFAULT_MODEL, resolve_model, save_model_folder
+
+# hidden size, layers, heads, vocabulary
+RANDOM_MODELS = {"small": (384, 6, 6, 8192), "125m": (768, 12, 12, 50304)}
+
+
+def write_random_model(name: str, folder: Path) -> Path:
+    """Write a DAPE-Kerple model of one of `RANDOM_MODELS` and return its folder."""
+    hidden, layers, heads, vocabulary = RANDOM_MODELS[name]
+    config = ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        tie_word_embeddings=True,
+        train_length=512,
+        max_model_len=32768,
+        dtype="bfloat16",
+        position=PositionConfig(kind="kerple"),
+        dape=DapeConfig(width=32),
+    )
+    model = DapeForCausalLM(config)
+    initialise(model)
+    save_model_folder(folder / name, model, Tokenizer.from_file(str(resolve_model(DEFAULT_MODEL) / FILE)))
+    return folder / name
