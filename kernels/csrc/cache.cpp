@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cmath>
+#include <type_traits>
 
 namespace dape {
 
@@ -15,99 +16,133 @@ uint16_t narrow(float x) {
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-// Where the elements of one head of one slot lie, in units of the stored type: element e of a key and of a value
-// is at `start` + (e / group) * `stride` + e % group, for values with a group of one.
+// Where the elements of one head of one slot lie, in units of the stored type, with G of them in a word.
+template <int G>
 struct Place {
-    int64_t start, stride;
-    int group;
+    int64_t key, value;  // of element 0
+    int64_t value_stride() const { return G; }
+    // Of an element of the key; those of the value are `value_stride` apart.
+    int64_t key_at(int e) const { return key + e / G * (kPanel * G) + e % G; }
 };
 
-int lanes(const Cache& cache) { return cache.storage == kFloat32 ? 1 : cache.storage == kBfloat16 ? 2 : 4; }
-
-Place key_place(const Cache& cache, int64_t slot, int64_t head) {
-    const int64_t group = lanes(cache), words = cache.head_dim / group * kPanel;
-    const int64_t word = (slot / kPanel * cache.heads + head) * words + slot % kPanel;
-    return {word * group, kPanel * group, int(group)};
-}
-
-Place value_place(const Cache& cache, int64_t slot, int64_t head) {
-    const int64_t group = lanes(cache), width = (cache.head_dim + kPanel - 1) / kPanel * kPanel;
-    const int64_t place = slot % kPanel;
-    const int64_t word = ((slot / kPanel * cache.heads + head) * (kPanel / group) + place / group) * width;
-    return {word * group + place % group, group, 1};
-}
-
-int64_t at(const Place& place, int e) { return place.start + e / place.group * place.stride + e % place.group; }
-
-void write_head(const Cache& cache, const Place& place, uint32_t* words, float* scale, const void* data,
-                int64_t offset, int32_t type) {
-    const int dim = cache.head_dim;
-    const auto element = [&](int e) {
-        return type == kBfloat16 ? widen(static_cast<const uint16_t*>(data)[offset + e])
-                                 : static_cast<const float*>(data)[offset + e];
-    };
-    if (cache.storage == kFloat32) {
-        auto* target = reinterpret_cast<float*>(words);
-        for (int e = 0; e < dim; ++e) target[at(place, e)] = element(e);
-    } else if (cache.storage == kBfloat16) {
-        auto* target = reinterpret_cast<uint16_t*>(words);
-        for (int e = 0; e < dim; ++e) target[at(place, e)] = narrow(element(e));
-    } else {
-        auto* target = reinterpret_cast<int8_t*>(words);
-        float largest = 0;
-        for (int e = 0; e < dim; ++e) {
-            const float size = std::fabs(element(e));
-            largest = size > largest || size != size ? size : largest;
-        }
-        // A value that is no number, or infinite, makes the scale so: the result must show it.
-        *scale = largest / 127;
-        const float inverse = largest > 0 && largest < INFINITY ? 127 / largest : 0;
-        for (int e = 0; e < dim; ++e) {
-            const float x = element(e) * inverse;
-            target[at(place, e)] = x == x ? int8_t(std::lrint(x)) : 0;
-        }
-    }
-}
-
-void read_head(const Cache& cache, const Place& place, const uint32_t* words, float scale, float* out) {
-    for (int e = 0; e < cache.head_dim; ++e) {
-        const int64_t index = at(place, e);
-        if (cache.storage == kFloat32) out[e] = reinterpret_cast<const float*>(words)[index];
-        else if (cache.storage == kBfloat16) out[e] = widen(reinterpret_cast<const uint16_t*>(words)[index]);
-        else out[e] = reinterpret_cast<const int8_t*>(words)[index] * scale;
-    }
+template <int G>
+Place<G> place_of(const Cache& cache, int64_t slot, int64_t head) {
+    const int64_t panel = slot / kPanel * cache.heads + head, place = slot % kPanel;
+    const int64_t width = (cache.head_dim + kPanel - 1) / kPanel * kPanel;
+    return {(panel * (cache.head_dim / G) * kPanel + place) * G,
+            (panel * (kPanel / G) + place / G) * width * G + place % G};
 }
 
 int64_t scale_place(const Cache& cache, int64_t slot, int64_t head) {
     return (slot / kPanel * cache.heads + head) * kPanel + slot % kPanel;
 }
 
+struct Wide {
+    const float* data;
+    float operator[](int64_t e) const { return data[e]; }
+};
+
+struct Narrow {
+    const uint16_t* data;
+    float operator[](int64_t e) const { return widen(data[e]); }
+};
+
+// The scale of an int8 vector, and the factor that its elements are multiplied by. A vector that holds an infinity
+// or no number makes the scale so: the result must show it.
+template <class Elements>
+float find_scale(Elements x, int dim, float& inverse) {
+    float largest = 0;
+    for (int e = 0; e < dim; ++e) {
+        const float size = std::fabs(x[e]);
+        largest = size > largest || size != size ? size : largest;
+    }
+    inverse = largest > 0 && largest < INFINITY ? 127 / largest : 0;
+    return largest / 127;
+}
+
+int8_t quantise(float x) { return x == x ? int8_t(std::lrint(x)) : 0; }
+
+template <int G, class Elements>
+void write_row(const Cache& cache, int64_t slot, int64_t head, Elements key, Elements value) {
+    const Place<G> place = place_of<G>(cache, slot, head);
+    const int dim = cache.head_dim;
+    const auto store = [&](auto* keys, auto* values, auto convert_key, auto convert_value) {
+        for (int e = 0; e < dim; ++e) keys[place.key_at(e)] = convert_key(key[e]);
+        for (int e = 0; e < dim; ++e) values[place.value + e * place.value_stride()] = convert_value(value[e]);
+    };
+    if constexpr (G == 1) {
+        const auto same = [](float x) { return x; };
+        store(reinterpret_cast<float*>(cache.key), reinterpret_cast<float*>(cache.value), same, same);
+    } else if constexpr (G == 2) {
+        store(reinterpret_cast<uint16_t*>(cache.key), reinterpret_cast<uint16_t*>(cache.value), narrow, narrow);
+    } else {
+        float key_inverse, value_inverse;
+        const int64_t scale = scale_place(cache, slot, head);
+        cache.key_scale[scale] = find_scale(key, dim, key_inverse);
+        cache.value_scale[scale] = find_scale(value, dim, value_inverse);
+        store(
+            reinterpret_cast<int8_t*>(cache.key), reinterpret_cast<int8_t*>(cache.value),
+            [&](float x) { return quantise(x * key_inverse); }, [&](float x) { return quantise(x * value_inverse); });
+    }
+}
+
+template <int G>
+void read_row(const Cache& cache, int64_t slot, int64_t head, float* key, float* value) {
+    const Place<G> place = place_of<G>(cache, slot, head);
+    const auto load = [&](const auto* keys, const auto* values, auto convert, float key_scale, float value_scale) {
+        for (int e = 0; e < cache.head_dim; ++e) {
+            key[e] = convert(keys[place.key_at(e)]) * key_scale;
+            value[e] = convert(values[place.value + e * place.value_stride()]) * value_scale;
+        }
+    };
+    if constexpr (G == 1) {
+        load(reinterpret_cast<const float*>(cache.key), reinterpret_cast<const float*>(cache.value),
+             [](float x) { return x; }, 1, 1);
+    } else if constexpr (G == 2) {
+        load(reinterpret_cast<const uint16_t*>(cache.key), reinterpret_cast<const uint16_t*>(cache.value), widen, 1, 1);
+    } else {
+        const int64_t scale = scale_place(cache, slot, head);
+        load(
+            reinterpret_cast<const int8_t*>(cache.key), reinterpret_cast<const int8_t*>(cache.value),
+            [](int8_t x) { return float(x); }, cache.key_scale[scale], cache.value_scale[scale]);
+    }
+}
+
+// Call `action` with the number of elements in a word.
+template <class Action>
+void with_lanes(const Cache& cache, Action action) {
+    if (cache.storage == kFloat32) action(std::integral_constant<int, 1>{});
+    else if (cache.storage == kBfloat16) action(std::integral_constant<int, 2>{});
+    else action(std::integral_constant<int, 4>{});
+}
+
 }  // namespace
 
 void write_slots(const Cache& cache, const Source& key, const Source& value, int32_t type, const int64_t* slots,
-                 int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t head = 0; head < cache.heads; ++head) {
-            const int64_t slot = slots[row], scale = scale_place(cache, slot, head);
-            const bool scaled = cache.storage == kInt8;
-            write_head(cache, key_place(cache, slot, head), cache.key, scaled ? cache.key_scale + scale : nullptr,
-                       key.data, row * key.row_stride + head * key.head_stride, type);
-            write_head(cache, value_place(cache, slot, head), cache.value,
-                       scaled ? cache.value_scale + scale : nullptr, value.data,
-                       row * value.row_stride + head * value.head_stride, type);
-        }
+                 int64_t first, int64_t last) {
+    with_lanes(cache, [&](auto lanes) {
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t head = 0; head < cache.heads; ++head) {
+                const int64_t k = row * key.row_stride + head * key.head_stride;
+                const int64_t v = row * value.row_stride + head * value.head_stride;
+                if (type == kBfloat16)
+                    write_row<lanes>(cache, slots[row], head, Narrow{static_cast<const uint16_t*>(key.data) + k},
+                                     Narrow{static_cast<const uint16_t*>(value.data) + v});
+                else
+                    write_row<lanes>(cache, slots[row], head, Wide{static_cast<const float*>(key.data) + k},
+                                     Wide{static_cast<const float*>(value.data) + v});
+            }
+    });
 }
 
 void read_slots(const Cache& cache, const int64_t* slots, int64_t count, float* key, float* value) {
-    for (int64_t head = 0; head < cache.heads; ++head)
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t slot = slots[i], scale = scale_place(cache, slot, head);
-            const int64_t out = (head * count + i) * cache.head_dim;
-            const bool scaled = cache.storage == kInt8;
-            read_head(cache, key_place(cache, slot, head), cache.key, scaled ? cache.key_scale[scale] : 1, key + out);
-            read_head(cache, value_place(cache, slot, head), cache.value, scaled ? cache.value_scale[scale] : 1,
-                      value + out);
-        }
+    with_lanes(cache, [&](auto lanes) {
+        for (int64_t head = 0; head < cache.heads; ++head)
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t at = (head * count + i) * cache.head_dim;
+                read_row<lanes>(cache, slots[i], head, key + at, value + at);
+            }
+    });
 }
 
 }  // namespace dape

@@ -10,9 +10,9 @@ struct Source {
     int64_t row_stride, head_stride;
 };
 
-// Store keys and values of rows in their slots.
+// Store keys and values of rows `first` to `last` - 1 in their slots.
 void write_slots(const Cache& cache, const Source& key, const Source& value, int32_t type, const int64_t* slots,
-                 int64_t rows);
+                 int64_t first, int64_t last);
 // Copy keys and values of slots as float [H, n, d].
 void read_slots(const Cache& cache, const int64_t* slots, int64_t count, float* key, float* value);
 

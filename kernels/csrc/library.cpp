@@ -1,5 +1,6 @@
 // The functions of abi.h.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -143,10 +144,16 @@ DAPE_EXPORT int32_t dape_attend(const dape::Attention* attention) try {
 
 DAPE_EXPORT void dape_write(const dape::Cache* cache, const void* key, const void* value, int32_t source_type,
                             int64_t key_row_stride, int64_t key_head_stride, int64_t value_row_stride,
-                            int64_t value_head_stride, const int64_t* slots, int64_t rows,
-                            [[maybe_unused]] int32_t threads) {
-    dape::write_slots(*cache, {key, key_row_stride, key_head_stride}, {value, value_row_stride, value_head_stride},
-                      source_type, slots, rows);
+                            int64_t value_head_stride, const int64_t* slots, int64_t rows, int32_t threads) {
+    constexpr int64_t kRows = 64;  // of an item
+    const dape::Source keys{key, key_row_stride, key_head_stride}, values{value, value_row_stride, value_head_stride};
+    const auto write = [&](int64_t item) {
+        dape::write_slots(*cache, keys, values, source_type, slots, item * kRows, std::min(rows, (item + 1) * kRows));
+    };
+    dape::Pool::run(
+        threads, (rows + kRows - 1) / kRows,
+        [](void* context, int64_t item) { (*static_cast<decltype(write)*>(context))(item); },
+        const_cast<void*>(static_cast<const void*>(&write)));
 }
 
 DAPE_EXPORT void dape_read(const dape::Cache* cache, const int64_t* slots, int64_t count, float* key, float* value) {
