@@ -114,7 +114,7 @@ class Walk {
                 const auto* narrow = static_cast<const uint16_t*>(a_.query) + at;
                 for (int i = 0; i < dim_; ++i) {
                     if constexpr (Pairs) target[i] = narrow[i];
-                    else target[i] = scale * (a_.query_type == kBfloat16 ? from_bfloat16(narrow[i]) : wide[i]);
+                    else target[i] = scale * (a_.query_type == kBfloat16 ? widen(narrow[i]) : wide[i]);
                 }
             }
     }
@@ -335,7 +335,7 @@ class Walk {
                 a_.lse[at] = logarithm * float(M_LN2);
                 if (a_.query_type == kBfloat16) {
                     auto* target = static_cast<uint16_t*>(a_.output) + at * dim_;
-                    for (int i = 0; i < dim_; ++i) target[i] = to_bfloat16(output[i] * share);
+                    for (int i = 0; i < dim_; ++i) target[i] = narrow(output[i] * share);
                 } else {
                     auto* target = static_cast<float*>(a_.output) + at * dim_;
                     for (int i = 0; i < dim_; ++i) target[i] = output[i] * share;

@@ -1,20 +1,13 @@
 #include "cache.h"
 
-#include <bit>
 #include <cmath>
 #include <type_traits>
+
+#include "bfloat16.h"
 
 namespace dape {
 
 namespace {
-
-float widen(uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); }
-
-uint16_t narrow(float x) {
-    const auto bits = std::bit_cast<uint32_t>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // stays no number
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 // Where the elements of one head of one slot lie, in units of the stored type, with G of them in a word.
 template <int G>

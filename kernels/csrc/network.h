@@ -187,8 +187,8 @@ class Network {
         for (int channel = 0; channel < channels; channel += 2)
             for (int out = 0; out < outs; ++out) {
                 const float* even = weight + channel * outs + out;
-                const uint32_t odd = channel + 1 < channels ? to_bfloat16(factor * even[outs]) : 0;
-                target[channel / 2 * outs + out] = to_bfloat16(factor * *even) | odd << 16;
+                const uint32_t odd = channel + 1 < channels ? narrow(factor * even[outs]) : 0;
+                target[channel / 2 * outs + out] = narrow(factor * *even) | odd << 16;
             }
     }
 
@@ -197,7 +197,7 @@ class Network {
         auto* row = reinterpret_cast<uint16_t*>(target);
         for (int out = 0; out < padded; ++out, row += depth)
             for (int channel = 0; channel < depth; ++channel)
-                row[channel] = out < outs && channel < channels ? to_bfloat16(factor * weight[channel * outs + out]) : 0;
+                row[channel] = out < outs && channel < channels ? narrow(factor * weight[channel * outs + out]) : 0;
     }
 
     void pack_scores(const float* scores) const {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bfloat16.h"
+
 namespace dape {
 
 namespace {
@@ -11,14 +13,6 @@ namespace {
 constexpr int64_t kLeastWork = 1024;
 // Items per thread that keep the threads evenly busy.
 constexpr int64_t kItemsPerThread = 4;
-
-uint16_t round_to_bfloat16(float x) {
-    uint32_t bits;
-    static_assert(sizeof bits == sizeof x);
-    std::copy_n(reinterpret_cast<const char*>(&x), sizeof x, reinterpret_cast<char*>(&bits));
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 int64_t work(const Item& item) { return item.rows * (item.last_key - item.first_key); }
 
@@ -87,7 +81,7 @@ void merge(const Attention& attention, const Plan& plan, const Plan::Split& spli
                 for (int part = 0; part < split.count; ++part)
                     sum += std::exp2(parts[part].part[own + dim] - top) * parts[part].part[own + i];
                 if (attention.query_type == kBfloat16)
-                    static_cast<uint16_t*>(attention.output)[at * dim + i] = round_to_bfloat16(sum / mass);
+                    static_cast<uint16_t*>(attention.output)[at * dim + i] = narrow(sum / mass);
                 else static_cast<float*>(attention.output)[at * dim + i] = sum / mass;
             }
         }

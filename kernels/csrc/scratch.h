@@ -1,6 +1,7 @@
 // Small things that the parts of a walk share.
 #pragma once
 
+#include "bfloat16.h"
 #include "products.h"
 #include "walk.h"
 
@@ -25,19 +26,5 @@ class Arena {
     char* memory_;
     int64_t used_ = 0;
 };
-
-inline float from_bfloat16(uint16_t x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40);  // stays no number
-    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 }  // namespace dape::DAPE_ISA
