@@ -43,7 +43,8 @@ def update_card(card: Path, results: Any) -> None:
     settings = results["settings"]
     note = (
         f"The last {settings['score_last']} tokens of {settings['ends_per_document']} ends in each of the "
-        "validation books, by `dape evaluate`; change of the mean loss in nats a token, paired by end.\n"
+        "validation books, by `dape evaluate`; change of the mean loss in nats a token from the train"
+        " length, paired by end.\n"
     )
     text = card.read_text().split(heading)[0]
     card.write_text(f"{text}{heading}\n{note}\n{extrapolation(results)}\n")
@@ -59,14 +60,14 @@ def extrapolation(results: Any) -> str:
     """Return perplexity and its change by length, two columns for each model."""
     models: dict[str, list[Any]] = results["models"]
     header = ["context"]
-    for name in models:
-        header += [f"{name}", "change"]
+    for name, entries in models.items():
+        header += [name, f"change from {entries[0]['change_from']}"]
     rows = []
     for entries in zip(*models.values(), strict=True):
         cells = [str(entries[0]["length"])]
         for entry in entries:
             cells.append(f"{entry['perplexity']:.2f} ± {entry['stderr']:.2f}")
-            cells.append(f"{entry['change_from_shortest']:+.4f} ± {entry['change_stderr']:.4f}")
+            cells.append(f"{entry['change']:+.4f} ± {entry['change_stderr']:.4f}")
         rows.append(cells)
     return markdown(header, rows)
 

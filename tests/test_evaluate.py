@@ -43,6 +43,9 @@ async def test_means_and_paired_changes_are_those_of_the_windows(tmp_path: Path)
     engine = AsyncEngine(write_model(tmp_path), EngineOptions(kv_cache_memory=1 << 20))
     engine.start()
     results = await evaluate_lengths(engine, documents, [128, 32], ends_per_document=1, score_last=16)
+    again = await evaluate_lengths(
+        engine, documents, [128, 32], ends_per_document=1, score_last=16, change_from=128
+    )
     expected: dict[int, list[float]] = {32: [], 128: []}
     for length, values in expected.items():
         for document in documents:
@@ -57,5 +60,8 @@ async def test_means_and_paired_changes_are_those_of_the_windows(tmp_path: Path)
     assert results[1].mean_nll == pytest.approx(float(long.mean()), abs=1e-5)
     error = float(long.std() / math.sqrt(3))
     assert results[1].stderr == pytest.approx(error * results[1].perplexity, rel=1e-3)
+    assert [row.change_from for row in results] == [32, 32]
     assert results[1].change == pytest.approx(float((long - short).mean()), abs=1e-5)
+    assert (again[0].change_from, again[1].change) == (128, 0)
+    assert again[0].change == pytest.approx(-results[1].change, abs=1e-5)
     assert results[1].change_stderr == pytest.approx(float((long - short).std() / math.sqrt(3)), abs=1e-5)

@@ -27,8 +27,10 @@ class LengthResult:
     """Natural logarithm, per token."""
     stderr: float
     """Of the perplexity, by the delta method."""
+    change_from: int
+    """The length that changes are taken from."""
     change: float
-    """Of the mean NLL from the shortest length."""
+    """Of the mean NLL from that length."""
     change_stderr: float
     """Of that change, paired by end."""
 
@@ -45,7 +47,8 @@ class LengthResult:
             "perplexity": self.perplexity,
             "stderr": self.stderr,
             "mean_nll": self.mean_nll,
-            "change_from_shortest": self.change,
+            "change_from": self.change_from,
+            "change": self.change,
             "change_stderr": self.change_stderr,
         }
 
@@ -68,6 +71,7 @@ async def evaluate_lengths(
     *,
     ends_per_document: int,
     score_last: int = 256,
+    change_from: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LengthResult]:
     """Score every end of every document at every length.
@@ -78,6 +82,7 @@ async def evaluate_lengths(
         lengths: context lengths in tokens, the scored ones included.
         ends_per_document: ends per document.
         score_last: tokens scored before each end (256 in the paper).
+        change_from: the length that changes are taken from; if it is not among them, the shortest.
         progress: called with the tokens read so far and in all.
 
     Raises:
@@ -100,14 +105,16 @@ async def evaluate_lengths(
             done += length
             if progress is not None:
                 progress(done, total)
-    shortest = samples[lengths[0]]
+    reference = change_from if change_from in samples else lengths[0]
     results = []
     for length in lengths:
         mean, error = _mean_and_error(samples[length])
-        differences = [a - b for a, b in zip(samples[length], shortest, strict=True)]
+        differences = [a - b for a, b in zip(samples[length], samples[reference], strict=True)]
         scored = len(ends) * score_last
         results.append(
-            LengthResult(length, scored, mean, math.exp(mean) * error, *_mean_and_error(differences))
+            LengthResult(
+                length, scored, mean, math.exp(mean) * error, reference, *_mean_and_error(differences)
+            )
         )
     return results
 

@@ -92,6 +92,7 @@ async def _evaluate(
                 lengths or default_lengths(engine.max_model_len),
                 ends_per_document=ends,
                 score_last=score_last,
+                change_from=engine.config.train_length,
                 progress=partial(work.show, engine.model_name),
             )
 
@@ -100,7 +101,7 @@ def _table(results: dict[str, list[LengthResult]], title: str) -> Table:
     table = Table("length", title=title)
     for name in results:
         table.add_column(f"{Path(name).name}: perplexity", justify="right")
-        table.add_column("change of NLL", justify="right")
+        table.add_column(f"NLL change from {results[name][0].change_from}", justify="right")
     for rows in zip(*results.values(), strict=True):
         cells = [str(rows[0].length)]
         for row in rows:
