@@ -69,21 +69,24 @@ Plan make_plan(const Attention& attention, int threads) {
 void merge(const Attention& attention, const Plan& plan, const Plan::Split& split) {
     const Item* parts = &plan.parts[split.first_item];
     const int64_t heads = attention.cache.heads, dim = attention.cache.head_dim;
+    std::vector<float> sums(dim);
     for (int64_t row = 0; row < parts->rows; ++row)
         for (int64_t head = 0; head < heads; ++head) {
             const int64_t own = (row * heads + head) * (dim + 1), at = (parts->first_row + row) * heads + head;
             float top = parts->part[own + dim], mass = 0;
             for (int part = 1; part < split.count; ++part) top = std::max(top, parts[part].part[own + dim]);
-            for (int part = 0; part < split.count; ++part) mass += std::exp2(parts[part].part[own + dim] - top);
-            attention.lse[at] = (top + std::log2(mass)) * float(M_LN2);
-            for (int64_t i = 0; i < dim; ++i) {
-                float sum = 0;
-                for (int part = 0; part < split.count; ++part)
-                    sum += std::exp2(parts[part].part[own + dim] - top) * parts[part].part[own + i];
-                if (attention.query_type == kBfloat16)
-                    static_cast<uint16_t*>(attention.output)[at * dim + i] = narrow(sum / mass);
-                else static_cast<float*>(attention.output)[at * dim + i] = sum / mass;
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (int part = 0; part < split.count; ++part) {
+                const float* output = parts[part].part + own;
+                const float weight = std::exp2(output[dim] - top);
+                mass += weight;
+                for (int64_t i = 0; i < dim; ++i) sums[i] += weight * output[i];
             }
+            attention.lse[at] = (top + std::log2(mass)) * float(M_LN2);
+            for (int64_t i = 0; i < dim; ++i)
+                if (attention.query_type == kBfloat16)
+                    static_cast<uint16_t*>(attention.output)[at * dim + i] = narrow(sums[i] / mass);
+                else static_cast<float*>(attention.output)[at * dim + i] = sums[i] / mass;
         }
 }
 
