@@ -7,17 +7,16 @@ kernel implements one formula, not one per form. Letters: H heads, D hidden widt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dape_kernels.bias import Bias
+from dape_kernels.memo import Memo
 
 RightEdge = Literal["extended", "official"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +139,8 @@ class Encoding:
     dape: Dape | None = None
     cope: Cope | None = None
     tables: Tables | None = field(default=None, repr=False)
-    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`, called once per encoding and key: what a backend prepares for a layer."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        result: T = self._memo[key]
-        return result
+    memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    """What backends prepare for the layer."""
 
     @property
     def scale(self) -> float:

@@ -5,14 +5,12 @@ Letters: S sequences, T rows (new tokens of all sequences, one after another).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from dape_kernels.memo import Memo
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +27,8 @@ class RaggedBatch:
     context_lens: list[int]  # S, each at least the sequence's row count
     block_tables: Tensor  # int32 [S, blocks], padded with any valid block number
     block_size: int
-    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return `make()`, called once per batch and key: what all layers of a step share."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        result: T = self._memo[key]
-        return result
+    memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
+    """What all layers of a step share."""
 
     def positions(self, sequence: int) -> range:
         """Return the positions of the rows of one sequence."""
