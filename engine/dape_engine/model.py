@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from dape_engine.config import ModelConfig
 from dape_engine.encoding import PositionalEncoding, Rotary, sinusoids
+from dape_kernels.decoder import DecoderLayer, DecoderModules
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v) -> attention output; all tensors [..., tokens, H, d]."""
@@ -101,6 +102,30 @@ class DapeForCausalLM(nn.Module):
         """The positional parameters of each layer."""
         return [layer.attention.position for layer in self.layers]
 
+    def decoder_modules(self) -> DecoderModules:
+        """Return the layers and what follows them, for backends that run them all in one call."""
+        layers = [
+            DecoderLayer(
+                attention_norm=layer.input_layernorm,
+                query_key_value=layer.attention.query_key_value,
+                dense=layer.attention.dense,
+                mlp_norm=layer.post_attention_layernorm,
+                up=layer.mlp.linear1,
+                down=layer.mlp.linear2,
+            )
+            for layer in self.layers
+        ]
+        return DecoderModules(layers, self.norm, self.final_linear, self.config.parallel_residual)
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return what the first layer gets, [..., tokens, h]; arguments as of `forward`."""
+        x: Tensor = self.word_embeddings(token_ids)
+        if self.config.position.kind == "learned":
+            x = x + self.position_embeddings(positions)
+        elif self.config.position.kind == "sinusoidal":
+            x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
+        return x
+
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the hidden states after the final norm.
 
@@ -112,11 +137,7 @@ class DapeForCausalLM(nn.Module):
         Returns:
             [..., tokens, h].
         """
-        x = self.word_embeddings(token_ids)
-        if self.config.position.kind == "learned":
-            x = x + self.position_embeddings(positions)
-        elif self.config.position.kind == "sinusoidal":
-            x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
+        x = self.embed(token_ids, positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, positions, self.rotary, index, attend)
         hidden: Tensor = self.norm(x)

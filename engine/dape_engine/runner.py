@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dape_engine.errors import SettingsError
 from dape_engine.model import DapeForCausalLM
@@ -23,6 +23,7 @@ from dape_engine.sampling import SamplerState, sample
 from dape_engine.scheduler import Chunk
 from dape_engine.sequence import Sequence
 from dape_kernels.attention import paged_attention, select_backend
+from dape_kernels.decoder import Decoder
 from dape_kernels.paged import RaggedBatch
 
 
@@ -78,6 +79,14 @@ class ModelRunner:
             )
             for _ in range(config.num_hidden_layers)
         ]
+        self._decoder: Decoder | None = None
+        if model.rotary is None:
+            self._decoder = self.backend.decoder(
+                model.decoder_modules(), self.caches, self.encodings, max_model_len
+            )
+        if self._decoder is not None:
+            # It has its own copy of their weights.
+            model.layers = nn.ModuleList()  # type: ignore[assignment]
 
     @torch.inference_mode()
     def run(self, chunks: abc.Sequence[Chunk], states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
@@ -116,6 +125,8 @@ class ModelRunner:
         )
         positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
         slots = batch.slots()
+        if self._decoder is not None:
+            return self._decoder.run(self.model.embed(token_ids, positions).float(), batch, slots)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache = self.caches[layer]
@@ -175,7 +186,11 @@ class ModelRunner:
         if not ending:
             return
         rows = [batch.query_starts[index + 1] - 1 for index in ending]
-        scores = logits(hidden[rows], self.model.final_linear.weight)
+        last = hidden[rows]
+        if self._decoder is not None:
+            scores = self._decoder.logits(last)
+        else:
+            scores = logits(last, self.model.final_linear.weight)
         drawn = sample(scores, [states[chunks[index].sequence] for index in ending])
         for index, token in zip(ending, drawn, strict=True):
             results[index].sampled = token

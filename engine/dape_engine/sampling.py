@@ -196,14 +196,12 @@ def _ascending(values: Tensor) -> Tensor:
 
 def _report(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
     """Return the log-probabilities of the tokens [S] and of each row's `tops` most likely tokens."""
-    peak = logits.amax(-1, keepdim=True)
-    log_total = (logits - peak).exp_().sum(-1, keepdim=True).log_()
-    own = (logits.gather(1, tokens[:, None]) - peak - log_total)[:, 0].tolist()
+    logprobs = logits.log_softmax(-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     alternatives: list[tuple[tuple[int, float], ...]] = [()] * len(tops)
     rows = [row for row, top in enumerate(tops) if top > 0]
     if rows:
-        values, ids = logits[rows].topk(min(max(tops), logits.shape[1]))
-        values = values - peak[rows] - log_total[rows]
+        values, ids = logprobs[rows].topk(min(max(tops), logits.shape[1]))
         for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
             alternatives[row] = tuple(zip(row_ids[: tops[row]], row_values[: tops[row]], strict=True))
     return list(map(TokenLogprob, tokens.tolist(), own, alternatives))

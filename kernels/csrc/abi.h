@@ -74,6 +74,39 @@ struct Attention {
     int64_t panels_per_block;
 };
 
+// A linear layer, y = x W^T + b, its weights packed like the keys of one head: panels of 16 outputs, G inputs in a word.
+struct Linear {
+    const uint32_t* weight;  // [panels, inputs / G, 16]; panels = outputs rounded up to 64, / 16
+    const float* bias;       // [panels * 16], or null
+    int64_t inputs;          // a multiple of 8
+    int64_t outputs;
+    int32_t storage;  // kFloat32 or kBfloat16
+};
+
+struct Norm {
+    const float* weight;  // [h]
+    const float* bias;    // [h]
+};
+
+// One pre-norm block of the GPT-NeoX form.
+struct Layer {
+    Norm attention_norm, mlp_norm;
+    Linear query_key_value;  // outputs [H, 3, d]
+    Linear dense, up, down;
+    Cache cache;
+    Encoding encoding;
+};
+
+struct Decoder {
+    const Layer* layers;
+    int64_t num_layers;
+    Norm norm;  // behind the layers
+    int64_t hidden;
+    float epsilon;              // of all norms
+    int32_t parallel_residual;  // x + attention(norm(x)) + mlp(norm'(x))
+    int32_t type;               // of activations between products: kFloat32, or kBfloat16 where the processor can
+};
+
 }  // namespace dape
 
 extern "C" {
@@ -86,6 +119,16 @@ int32_t dape_set_isa(const char* name);
 
 // Compute attention of all rows. Returns 0, or 1 if memory ran out.
 int32_t dape_attend(const dape::Attention* attention);
+
+// Run all layers on the hidden states x [T, h] of a batch, which they replace; `out` [T, h] has them behind the last
+// norm. Keys and values go to `slots` [T]. Of `batch` only what describes the rows and the threads is used.
+// Returns 0, or 1 if memory ran out.
+int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, const int64_t* slots, float* x,
+                    float* out);
+
+// Results [rows, outputs] of a layer as floats, for rows of `type` that are `stride` apart.
+void dape_linear(const dape::Linear* layer, const void* x, int32_t type, int64_t stride, int64_t rows, float* out,
+                 int32_t threads);
 
 // Store keys and values [T, H, d] of `source_type` in slots [T] (slot = panel * 16 + place).
 void dape_write(const dape::Cache* cache, const void* key, const void* value, int32_t source_type,

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "linear.h"
 #include "network.h"
 
 namespace dape::DAPE_ISA {
@@ -404,6 +405,6 @@ static void walk(const Attention& attention, const Item& item, void* scratch) {
 
 namespace dape {
 extern const Kernel DAPE_JOIN(kernel_, DAPE_ISA);
-const Kernel DAPE_JOIN(kernel_, DAPE_ISA) = {DAPE_TEXT(DAPE_ISA), DAPE_ISA::kHasBfloat16, DAPE_ISA::scratch_bytes,
-                                             DAPE_ISA::walk};
+const Kernel DAPE_JOIN(kernel_, DAPE_ISA) = {DAPE_TEXT(DAPE_ISA), DAPE_ISA::kHasBfloat16,   DAPE_ISA::scratch_bytes,
+                                             DAPE_ISA::walk,      DAPE_ISA::multiply_linear, DAPE_ISA::normalise};
 }  // namespace dape

@@ -1,6 +1,6 @@
 """Compiles this folder into one shared library: `python kernels/csrc/build.py [TARGET]`.
 
-attend.cpp is compiled once for every instruction set, library.cpp chooses among them at run time. CXX names
+PER_SET is compiled once for every instruction set, dispatch.cpp chooses among them at run time. CXX names
 the compiler; DAPE_CPU_SANITIZE=address,undefined makes a library for sanitizer runs. Needs nothing but
 Python's standard library, since it runs inside pip's empty build environment.
 """
@@ -35,6 +35,9 @@ if X86:
     INSTRUCTION_SETS["avx512amx"] = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 
 
+PER_SET = ("attend.cpp", "linear.cpp")
+
+
 class BuildError(Exception):
     """There is no library; the message says why and how to mend it."""
 
@@ -51,11 +54,12 @@ def build(target: Path) -> None:
     with TemporaryDirectory() as folder:
         jobs: list[tuple[Path, list[str], Path]] = []
         for source in sorted(SOURCES.glob("*.cpp")):
-            if source.name == "attend.cpp":
+            if source.name in PER_SET:
                 for name, flags in INSTRUCTION_SETS.items():
-                    jobs.append((source, [f"-DDAPE_ISA={name}", *flags], Path(folder, f"{name}.o")))
+                    made = Path(folder, f"{source.stem}-{name}.o")
+                    jobs.append((source, [f"-DDAPE_ISA={name}", *flags], made))
             else:
-                flags = ["-DDAPE_HAVE_X86"] if X86 and source.name == "library.cpp" else []
+                flags = ["-DDAPE_HAVE_X86"] if X86 and source.name == "dispatch.cpp" else []
                 jobs.append((source, flags, Path(folder, f"{source.stem}.o")))
 
         def compile_one(job: tuple[Path, list[str], Path]) -> Path:

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <chrono>
 #include <system_error>
 
 namespace dape {
@@ -10,6 +11,31 @@ namespace {
 // Never destroyed: its threads may sleep in it while the process ends. A forked child has no threads, so it
 // starts with a new pool.
 std::atomic<Pool*> current{nullptr};
+
+// Waking a sleeping thread takes as long as a small task, so threads look out for this long before they sleep:
+// within a step of a model they stay awake, between steps they leave the core to others.
+constexpr std::chrono::microseconds kLookout{50};
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// Wait a moment for something to come true. Returns whether it has.
+template <class Condition>
+bool look_out(Condition condition) {
+    const auto end = std::chrono::steady_clock::now() + kLookout;
+    do {
+        for (int i = 0; i < 8; ++i) {
+            if (condition()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < end);
+    return false;
+}
 }  // namespace
 
 Pool& Pool::instance() {
@@ -48,18 +74,33 @@ void Pool::share(int threads, Task& task) {
         } catch (const std::system_error&) {
             // No more threads to be had: those there are do the work.
         }
+        ++tasks_;
+        for (int64_t i = 0; i < asleep_ && i < threads - 1 && i < task.items - 1; ++i) wake_.notify_one();
     }
-    for (int64_t i = 1; i < threads && i < task.items; ++i) wake_.notify_one();
     take_items(task);
+    {
+        std::lock_guard lock(mutex_);
+        task_ = nullptr;
+    }
+    const auto done = [&] { return task.running.load(std::memory_order_acquire) == 0; };
+    if (look_out(done)) return;
     std::unique_lock lock(mutex_);
-    task_ = nullptr;
-    left_.wait(lock, [&] { return task.running == 0; });
+    left_.wait(lock, done);
 }
 
 void Pool::serve() {
     std::unique_lock lock(mutex_);
     for (;;) {
-        wake_.wait(lock, [this] { return task_ && task_->free_seats > 0; });
+        while (!has_seat()) {
+            const uint64_t seen = tasks_;
+            lock.unlock();
+            const bool more = look_out([&] { return tasks_.load(std::memory_order_acquire) != seen; });
+            lock.lock();
+            if (more || has_seat()) continue;
+            ++asleep_;
+            wake_.wait(lock);
+            --asleep_;
+        }
         Task& task = *task_;
         --task.free_seats;
         ++task.running;

@@ -1,4 +1,4 @@
-// Threads that share the items of one task and sleep between tasks.
+// Threads that share the items of one task and, but for a moment, sleep between tasks.
 #pragma once
 
 #include <atomic>
@@ -25,8 +25,8 @@ class Pool {
         void* context;
         int64_t items;
         std::atomic<int64_t> next{0};
-        int free_seats;   // threads that may still join
-        int running = 0;  // threads that have joined and not left
+        int free_seats;               // threads that may still join
+        std::atomic<int> running{0};  // threads that have joined and not left
     };
 
     static Pool& instance();
@@ -34,11 +34,15 @@ class Pool {
     void serve();
     static void take_items(Task& task);
 
+    bool has_seat() const { return task_ && task_->free_seats > 0; }
+
     std::mutex busy_;  // held by the caller whose task is shared
     std::mutex mutex_;
     std::condition_variable wake_, left_;
     std::vector<std::thread> threads_;
     Task* task_ = nullptr;
+    int asleep_ = 0;
+    std::atomic<uint64_t> tasks_{0};  // shared so far
 };
 
 }  // namespace dape

@@ -38,39 +38,46 @@ void store_words(uint32_t* p, Words words);
 // Fetch the line that holds `p` into the first-level cache.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Scores of M queries and N vectors of keys: out[m][n] = sum over elements of query[m] * key.
-//   query: [M, stride] float, or bfloat16 if Pairs; keys: start of each vector's column of words;
-//   next: columns that are needed after these, fetched on the way (null: none); scales: of each vector's keys,
-//   int8 only; factor: of all scores, Pairs only (float queries are scaled when they are loaded).
+// sum[m][n] += sum over elements of row[m] * column[n], for M rows and N vectors of columns.
+//   rows: [M, stride] float, or bfloat16 if Pairs; columns: start of each vector's column of words;
+//   next: columns that are needed after these, fetched on the way (null: none).
+template <int G, bool Pairs, int M, int N>
+DAPE_INLINE void multiply(Floats (&sum)[M][N], const void* rows, int64_t stride, const uint32_t* const* columns,
+                          const uint32_t* const* next, int words) {
+    for (int w = 0; w < words; ++w) {
+        Words word[N];
+        unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { word[n] = load(columns[n] + w * kPanel); });
+        if (next)
+            for (int n = 0; n < N; n += kPanel / kLanes) prefetch(next[n] + w * kPanel);
+        if constexpr (Pairs) {
+            const auto* pair = static_cast<const uint16_t*>(rows) + 2 * w;
+            unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
+                const Words x = splat_word(pair + m * stride);
+                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = dot_pairs(sum[m][n], x, word[n]); });
+            });
+        } else {
+            const auto* element = static_cast<const float*>(rows) + G * w;
+            unrolled<G>([&](auto k) DAPE_INLINE_LAMBDA {
+                Floats y[N];
+                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { y[n] = lane<G>(word[n], k); });
+                unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
+                    const Floats x = splat(element[m * stride + k]);
+                    unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = fma(x, y[n], sum[m][n]); });
+                });
+            });
+        }
+    }
+}
+
+// Scores of M queries and N vectors of keys: out[m][n] = sum over elements of query[m] * key, see `multiply`.
+//   scales: of each vector's keys, int8 only.
 template <int G, bool Pairs, int M, int N>
 inline void score_tile(const void* query, int64_t query_stride, const uint32_t* const* keys,
                        const uint32_t* const* next, int words, const float* const* scales, float* out,
                        int64_t out_stride) {
     Floats sum[M][N];
     unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA { unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = splat(0.0f); }); });
-    for (int w = 0; w < words; ++w) {
-        Words word[N];
-        unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { word[n] = load(keys[n] + w * kPanel); });
-        if (next)
-            for (int n = 0; n < N; n += kPanel / kLanes) prefetch(next[n] + w * kPanel);
-        if constexpr (Pairs) {
-            const auto* pair = static_cast<const uint16_t*>(query) + 2 * w;
-            unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
-                const Words q = splat_word(pair + m * query_stride);
-                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = dot_pairs(sum[m][n], q, word[n]); });
-            });
-        } else {
-            const auto* element = static_cast<const float*>(query) + G * w;
-            unrolled<G>([&](auto k) DAPE_INLINE_LAMBDA {
-                Floats key[N];
-                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { key[n] = lane<G>(word[n], k); });
-                unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
-                    const Floats q = splat(element[m * query_stride + k]);
-                    unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = fma(q, key[n], sum[m][n]); });
-                });
-            });
-        }
-    }
+    multiply<G, Pairs>(sum, query, query_stride, keys, next, words);
     unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA {
         unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
             if constexpr (G == 4) sum[m][n] = sum[m][n] * load(scales[n]);

@@ -1,4 +1,4 @@
-// One piece of work and the function of each instruction set that does it.
+// Pieces of work and the functions of each instruction set that do them.
 #pragma once
 
 #include "abi.h"
@@ -23,12 +23,31 @@ constexpr int kTile = 64;
 // Queries that share the keys of a tile, so that scores and outputs of all heads stay in the second-level cache.
 static inline int rows_per_item(int heads) { return heads <= 16 ? 48 : heads <= 32 ? 12 : 6; }
 
+// Rows of activations, `stride` elements apart.
+struct Activations {
+    void* data;
+    int64_t stride;
+    int32_t type;  // kFloat32 or kBfloat16
+};
+
+// What a linear layer does with its results.
+enum Action : int32_t { kStore, kStoreGelu, kAdd };
+
+// Rows and outputs of a linear layer that are one piece of work.
+constexpr int kLinearRows = 192, kLinearOutputs = 64;
+
 struct Kernel {
     const char* name;
     bool bfloat16;  // whether it multiplies bfloat16
     int64_t (*scratch_bytes)(const Attention& attention);
     // scratch: 64-byte aligned, its content is of no importance.
     void (*walk)(const Attention& attention, const Item& item, void* scratch);
+    // The layer's results in up to kLinearRows rows and the kLinearOutputs outputs from `output` on.
+    void (*multiply)(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
+                     const Activations& target, Action action);
+    // The norm of some rows of x [T, hidden].
+    void (*normalise)(const Norm& norm, const float* x, int64_t hidden, float epsilon, int64_t first_row, int64_t rows,
+                      const Activations& target);
 };
 
 }  // namespace dape

@@ -6,6 +6,7 @@ A backend is one file and one line of `BACKENDS`. Letters: T rows of a ragged ba
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dape_kernels.chunked import ChunkedBackend
 from dape_kernels.cpu import CpuBackend
+from dape_kernels.decoder import Decoder, DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import ReferenceBackend
@@ -83,6 +85,19 @@ class Backend(Protocol[Cache]):
         device: torch.device,
     ) -> Cache:
         """Return an empty cache for one layer."""
+        ...
+
+    def decoder(
+        self, modules: DecoderModules, caches: Sequence[Cache], encodings: Sequence[Encoding], length: int
+    ) -> Decoder | None:
+        """Return something that runs all layers in one call, None where layers are run one by one.
+
+        Args:
+            modules: what to run; their weights may be copied, so they can be given up afterwards.
+            caches: of each layer, made by `allocate`.
+            encodings: of each layer, made by `prepare`.
+            length: of the longest context.
+        """
         ...
 
     def attend(

@@ -5,11 +5,13 @@ Letters: H heads, d head size, T rows of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dape_kernels.decoder import DecoderModules
 from dape_kernels.encoding import Encoding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,6 +64,15 @@ class HeadMajorBackend:
     def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
         """Return the bytes of one block of one layer."""
         return 2 * block_size * heads * head_dim * dtype.itemsize
+
+    def decoder(
+        self,
+        modules: DecoderModules,
+        caches: Sequence[HeadMajorCache],
+        encodings: Sequence[Encoding],
+        length: int,
+    ) -> None:
+        """Return None; see `Backend.decoder`."""
 
     def allocate(
         self,

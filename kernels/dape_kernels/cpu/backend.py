@@ -5,6 +5,8 @@ Letters: T rows of the batch, S sequences, H heads, d head size.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
@@ -12,18 +14,15 @@ from torch import Tensor
 
 from dape_kernels.bias import Fire
 from dape_kernels.cpu.cache import PanelCache, block_bytes, check_rows, widen
+from dape_kernels.cpu.decoder import CpuDecoder, decoder_obstacle
 from dape_kernels.cpu.encoding import FIRE_SLOPES, PreparedEncoding
-from dape_kernels.cpu.library import (
-    PANEL,
-    STORAGE,
-    AttentionStruct,
-    LibraryMissingError,
-    instruction_set,
-    load,
-)
+from dape_kernels.cpu.layout import Layout, batch_struct
+from dape_kernels.cpu.library import PANEL, STORAGE, LibraryMissingError, instruction_set, load
+from dape_kernels.decoder import DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 
+logger = logging.getLogger(__name__)
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
 MAX_WIDTH = 128
@@ -90,6 +89,20 @@ class CpuBackend:
         _prepared(encoding).struct(length)
         return encoding
 
+    def decoder(
+        self,
+        modules: DecoderModules,
+        caches: Sequence[PanelCache],
+        encodings: Sequence[Encoding],
+        length: int,
+    ) -> CpuDecoder | None:
+        """Return all layers in one call; see `Backend.decoder`."""
+        obstacle = decoder_obstacle(modules)
+        if obstacle is not None:
+            logger.info("no fused decoder: it does not support %s", obstacle)
+            return None
+        return CpuDecoder(modules, caches, [_prepared(encoding) for encoding in encodings], length)
+
     def attend(
         self,
         query: Tensor,
@@ -107,51 +120,20 @@ class CpuBackend:
         """
         rows = widen(query)
         check_rows("query", rows, cache.struct)
-        layout = batch.memo(CpuBackend.name, lambda: _Layout(batch, cache))
+        layout = Layout.of(batch, cache)
         if len(rows) != layout.rows:
             raise ValueError(f"query has {len(rows)} rows, the batch {layout.rows}")
         output = torch.empty(rows.shape, dtype=rows.dtype)
         lse = torch.empty(rows.shape[:2])
-        call = AttentionStruct(
-            cache=cache.struct,
-            encoding=_prepared(encoding).struct(layout.longest),
-            query=rows.data_ptr(),
-            query_row_stride=rows.stride(0),
-            query_head_stride=rows.stride(1),
-            output=output.data_ptr(),
-            lse=lse.data_ptr(),
-            query_type=STORAGE[rows.dtype],
-            threads=torch.get_num_threads(),
-            sequences=len(layout.context_lens),
-            query_starts=layout.query_starts.data_ptr(),
-            context_lens=layout.context_lens.data_ptr(),
-            block_tables=layout.block_tables.data_ptr(),
-            table_stride=layout.block_tables.stride(0),
-            panels_per_block=batch.block_size // PANEL,
-        )
+        call = batch_struct(layout, batch)
+        call.cache = cache.struct
+        call.encoding = _prepared(encoding).struct(layout.longest)
+        call.query, call.query_row_stride, call.query_head_stride = rows.data_ptr(), *rows.stride()[:2]
+        call.query_type = STORAGE[rows.dtype]
+        call.output, call.lse = output.data_ptr(), lse.data_ptr()
         if load().dape_attend(byref(call)):
             raise MemoryError("no memory for the scratch of the attention threads")
         return output.to(query.dtype), lse
-
-
-class _Layout:
-    """A batch as the library reads it, checked: what all layers of a step share."""
-
-    def __init__(self, batch: RaggedBatch, cache: PanelCache):
-        self.query_starts = torch.tensor(batch.query_starts)
-        self.context_lens = torch.tensor(batch.context_lens)
-        self.block_tables = batch.block_tables.to(torch.int32).contiguous()
-        self.rows = batch.query_starts[-1]
-        self.longest = max(batch.context_lens)
-        counts = self.query_starts.diff()
-        if batch.query_starts[0] != 0 or (counts < 0).any() or (counts > self.context_lens).any():
-            raise ValueError(f"query_starts {batch.query_starts} do not fit contexts {batch.context_lens}")
-        if batch.block_size != cache.block_size:
-            raise ValueError(f"the batch has blocks of {batch.block_size}, the cache of {cache.block_size}")
-        if self.block_tables.shape[1] * batch.block_size < self.longest:
-            raise ValueError(f"block_tables are too narrow for a context of {self.longest}")
-        if not 0 <= int(self.block_tables.min()) <= int(self.block_tables.max()) < cache.num_blocks:
-            raise ValueError(f"block_tables name a block outside of 0 to {cache.num_blocks - 1}")
 
 
 def _prepared(encoding: Encoding) -> PreparedEncoding:

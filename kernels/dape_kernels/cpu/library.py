@@ -90,6 +90,53 @@ class AttentionStruct(Structure):
     )
 
 
+class LinearStruct(Structure):
+    """A linear layer with packed weights."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("storage", c_int32),
+    )
+
+
+class NormStruct(Structure):
+    """The weights of a layer norm."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class LayerStruct(Structure):
+    """One pre-norm block."""
+
+    _fields_ = (
+        ("attention_norm", NormStruct),
+        ("mlp_norm", NormStruct),
+        ("query_key_value", LinearStruct),
+        ("dense", LinearStruct),
+        ("up", LinearStruct),
+        ("down", LinearStruct),
+        ("cache", CacheStruct),
+        ("encoding", EncodingStruct),
+    )
+
+
+class DecoderStruct(Structure):
+    """All layers of a model and the norm behind them."""
+
+    _fields_ = (
+        ("layers", POINTER(LayerStruct)),
+        ("num_layers", c_int64),
+        ("norm", NormStruct),
+        ("hidden", c_int64),
+        ("epsilon", c_float),
+        ("parallel_residual", c_int32),
+        ("type", c_int32),
+    )
+
+
 class LibraryMissingError(Exception):
     """There is no library for this machine; the message says why and how to get it."""
 
@@ -112,6 +159,23 @@ def load() -> CDLL:
     library.dape_isa.restype = c_char_p
     library.dape_set_isa.argtypes = (c_char_p,)
     library.dape_attend.argtypes = (POINTER(AttentionStruct),)
+    library.dape_decode.argtypes = (
+        POINTER(DecoderStruct),
+        POINTER(AttentionStruct),
+        c_void_p,
+        c_void_p,
+        c_void_p,
+    )
+    library.dape_linear.argtypes = (
+        POINTER(LinearStruct),
+        c_void_p,
+        c_int32,
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_int32,
+    )
+    library.dape_linear.restype = None
     library.dape_write.argtypes = (
         POINTER(CacheStruct),
         *(c_void_p, c_void_p, c_int32),

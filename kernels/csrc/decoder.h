@@ -1,0 +1,15 @@
+// A whole decoder in the GPT-NeoX form, layer after layer, on the rows of a batch.
+#pragma once
+
+#include "walk.h"
+
+namespace dape {
+
+// See dape_decode. Throws std::bad_alloc.
+void decode(const Decoder& decoder, const Attention& batch, const int64_t* slots, float* x, float* out);
+
+// Results of a linear layer in all rows of x, which may be read up to the next multiple of 16 rows.
+void multiply(const Linear& layer, const Activations& x, int64_t rows, const Activations& target, Action action,
+              int threads);
+
+}  // namespace dape

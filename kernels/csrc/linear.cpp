@@ -1,0 +1,211 @@
+// Linear layers with what follows them, and norms. Compiled once per instruction set.
+
+#include "linear.h"
+
+#include <cmath>
+
+#include "matrix.h"
+
+namespace dape::DAPE_ISA {
+
+namespace {
+
+// Rows and inputs that are multiplied at a time, so that both factors stay in the first-level cache.
+constexpr int kRowBlock = 48, kInputs = 128;
+
+// Half the complementary error function of |x| / sqrt(2): Abramowitz and Stegun 7.1.26, error 1e-7.
+Floats upper_tail(Floats x) {
+    const Floats size = max(x, -x);
+    const Floats t = splat(1.0f) / fma(size, splat(0.231641888f), splat(1.0f));
+    Floats y = splat(0.530702714f);
+    y = fma(y, t, splat(-0.726576013f));
+    y = fma(y, t, splat(0.710706870f));
+    y = fma(y, t, splat(-0.142248368f));
+    y = fma(y, t, splat(0.127414796f));
+    // exp(-x^2 / 2); the bound keeps the exponent within the range of exp2.
+    return y * t * exp2(max(x * x * splat(-0.721347520f), splat(-200.0f)));
+}
+
+// x times the normal distribution function of x.
+Floats gelu(Floats x) {
+    const Floats tail = x * upper_tail(x);
+    return where_above(x, splat(0.0f), x - tail, tail);
+}
+
+// The first `count` lanes of x at `target`.
+void store_some(float* target, Floats x, int count) {
+    if (count >= kLanes) return store(target, x);
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int i = 0; i < count; ++i) target[i] = lanes[i];
+}
+
+void store_some(uint16_t* target, Floats x, int count) {
+#if defined(__AVX512BF16__)
+    if (count >= kLanes)
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int i = 0; i < count && i < kLanes; ++i) target[i] = narrow(lanes[i]);
+}
+
+Floats load_some(const float* source, int count) {
+    if (count >= kLanes) return load(source);
+    float lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = source[i];
+    return load(lanes);
+}
+
+void store_row(const Activations& target, int64_t row, int64_t column, Floats x, int count) {
+    const int64_t at = row * target.stride + column;
+    if (target.type == kBfloat16) store_some(static_cast<uint16_t*>(target.data) + at, x, count);
+    else store_some(static_cast<float*>(target.data) + at, x, count);
+}
+
+// Take the sums of one row and the outputs from `output` on.
+void finish(const Linear& layer, const Activations& target, Action action, int64_t row, int64_t output, Floats x) {
+    const int count = int(least(kLanes, layer.outputs - output));
+    if (count <= 0) return;
+    if (layer.bias) x = x + load(layer.bias + output);
+    if (action == kStoreGelu) x = gelu(x);
+    if (action == kAdd) x = x + load_some(static_cast<const float*>(target.data) + row * target.stride + output, count);
+    store_row(target, row, output, x, count);
+}
+
+// The weights of some inputs of a register tile as floats.
+const uint32_t* widen_columns(const uint32_t* column, int words, float* wide) {
+    for (int w = 0; w < words; ++w) {
+        const Words word = load(column + w * kPanel);
+        store(wide + 2 * w * kPanel, lane<2>(word, 0));
+        store(wide + (2 * w + 1) * kPanel, lane<2>(word, 1));
+    }
+    return reinterpret_cast<const uint32_t*>(wide);
+}
+
+// Rows of floats, or of bfloat16 if Pairs, times kColumns vectors of outputs.
+template <int G, bool Pairs>
+class Block {
+  public:
+    Block(const Linear& layer, const Activations& x, const Activations& target, Action action)
+        : layer_(layer), x_(x), target_(target), action_(action), words_(layer.inputs / G) {}
+
+    void run(int64_t first_row, int rows, int64_t output) {
+        const uint32_t* columns[kColumns];
+        for (int n = 0; n < kColumns; ++n) {
+            const int64_t at = output + n * kLanes;
+            columns[n] = layer_.weight + at / kPanel * words_ * kPanel + at % kPanel;
+        }
+        // Few rows: nothing is read twice, so nothing has to stay in the cache.
+        if (rows <= kRows) return multiply_inputs<G>(first_row, rows, output, columns, 0, int(words_), true);
+        for (int64_t word = 0; word < words_; word += kInputs / G) {
+            const int count = int(least(words_ - word, kInputs / G));
+            const bool ends = word + count == words_;
+            const uint32_t* piece[kColumns];
+            for (int n = 0; n < kColumns; ++n) {
+                piece[n] = columns[n] + word * kPanel;
+                if constexpr (G == 2 && !Pairs) piece[n] = widen_columns(piece[n], count, wide_[n]);
+            }
+            if constexpr (G == 2 && !Pairs)
+                multiply_inputs<1>(first_row, rows, output, piece, int(2 * word), 2 * count, ends);
+            else multiply_inputs<G>(first_row, rows, output, piece, int(word), count, ends);
+        }
+    }
+
+  private:
+    template <int L>
+    void multiply_inputs(int64_t first_row, int rows, int64_t output, const uint32_t* const* columns, int word,
+                         int words, bool ends) {
+        const char* x = static_cast<const char*>(x_.data) + (first_row * x_.stride + word * L) * (Pairs ? 2 : 4);
+        for (int row = 0; row < rows;)
+            row += with_largest(Rows{}, rows - row, [&](auto m) {
+                Floats sum[m][kColumns];
+                each<m>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                    sum[i][n] = word ? load(&partial_[row + i][n * kLanes]) : splat(0.0f);
+                });
+                multiply<L, Pairs>(sum, x + row * x_.stride * (Pairs ? 2 : 4), x_.stride, columns, nullptr, words);
+                each<m>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                    if (ends) finish(layer_, target_, action_, first_row + row + i, output + n * kLanes, sum[i][n]);
+                    else store(&partial_[row + i][n * kLanes], sum[i][n]);
+                });
+            });
+    }
+
+    template <int M, class Body>
+    DAPE_INLINE static void each(Body body) {
+        unrolled<M>([&](auto i) DAPE_INLINE_LAMBDA { unrolled<kColumns>([&](auto n) DAPE_INLINE_LAMBDA { body(i, n); }); });
+    }
+
+    const Linear& layer_;
+    const Activations& x_;
+    const Activations& target_;
+    const Action action_;
+    const int64_t words_;
+    float partial_[kRowBlock][kColumns * kLanes];
+    float wide_[kColumns][kInputs * kPanel];
+};
+
+template <int G, bool Pairs>
+void multiply_blocks(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
+                     const Activations& target, Action action) {
+    Block<G, Pairs> block(layer, x, target, action);
+    const int64_t end = least(output + kLinearOutputs, layer.outputs);
+    for (int64_t at = output; at < end; at += kColumns * kLanes)
+        for (int row = 0; row < rows; row += kRowBlock)
+            block.run(first_row + row, int(least(kRowBlock, rows - row)), at);
+}
+
+// The same on matrix units.
+[[maybe_unused]] void multiply_matrix(const Linear& layer, const Activations& x, int64_t first_row, int rows,
+                                      int64_t output, const Activations& target, Action action) {
+    [[maybe_unused]] const MatrixMode mode;
+    const uint32_t* panels[kLinearOutputs / kPanel];
+    for (int n = 0; n < kLinearOutputs / kPanel; ++n)
+        panels[n] = layer.weight + (output / kPanel + n) * (layer.inputs / 2 * kPanel);
+    alignas(64) float sums[kMatrix][kLinearOutputs];
+    for (int64_t row = first_row; row < first_row + rows; row += kMatrix) {
+        // Rows behind the last one are computed of whatever lies there, and not used.
+        matrix_scores(static_cast<const uint16_t*>(x.data) + row * x.stride, x.stride, panels, int(layer.inputs),
+                      sums[0], kLinearOutputs);
+        for (int i = 0; i < least(kMatrix, first_row + rows - row); ++i)
+            for (int n = 0; n < kLinearOutputs; n += kLanes)
+                finish(layer, target, action, row + i, output + n, load(&sums[i][n]));
+    }
+}
+
+}  // namespace
+
+void multiply_linear(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
+                     const Activations& target, Action action) {
+    if constexpr (kHasMatrix)
+        if (x.type == kBfloat16 && rows >= kMatrix / 2 && layer.inputs % kHalf == 0)
+            return multiply_matrix(layer, x, first_row, rows, output, target, action);
+    if constexpr (kHasBfloat16)
+        if (x.type == kBfloat16) return multiply_blocks<2, true>(layer, x, first_row, rows, output, target, action);
+    if (layer.storage == kBfloat16) multiply_blocks<2, false>(layer, x, first_row, rows, output, target, action);
+    else multiply_blocks<1, false>(layer, x, first_row, rows, output, target, action);
+}
+
+void normalise(const Norm& norm, const float* x, int64_t hidden, float epsilon, int64_t first_row, int64_t rows,
+               const Activations& target) {
+    for (int64_t row = first_row; row < first_row + rows; ++row) {
+        const float* in = x + row * hidden;
+        Floats sum = splat(0.0f), squares = splat(0.0f);
+        for (int64_t i = 0; i < hidden; i += kLanes) sum = sum + load_some(in + i, int(least(kLanes, hidden - i)));
+        const Floats mean = splat(sum_lanes(sum) / float(hidden));
+        for (int64_t i = 0; i < hidden; i += kLanes) {
+            const int count = int(least(kLanes, hidden - i));
+            const Floats centred = keep(load_some(in + i, count) - mean, 0, count, splat(0.0f));
+            squares = fma(centred, centred, squares);
+        }
+        const Floats scale = splat(1.0f / std::sqrt(sum_lanes(squares) / float(hidden) + epsilon));
+        for (int64_t i = 0; i < hidden; i += kLanes) {
+            const int count = int(least(kLanes, hidden - i));
+            const Floats centred = (load_some(in + i, count) - mean) * scale;
+            store_row(target, row, i,
+                      fma(centred, load_some(norm.weight + i, count), load_some(norm.bias + i, count)), count);
+        }
+    }
+}
+
+}  // namespace dape::DAPE_ISA

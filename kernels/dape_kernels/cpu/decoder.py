@@ -1,0 +1,165 @@
+"""All layers of a decoder in one call of the library, with weights packed for its kernels.
+
+Letters: T rows of a batch, R rows, h hidden size, G numbers in a word, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref, pointer
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dape_kernels.cpu.cache import FLOATS, WORD, PanelCache
+from dape_kernels.cpu.encoding import PreparedEncoding
+from dape_kernels.cpu.layout import Layout, batch_struct
+from dape_kernels.cpu.library import (
+    PANEL,
+    STORAGE,
+    DecoderStruct,
+    LayerStruct,
+    LinearStruct,
+    NormStruct,
+    instruction_set,
+    load,
+)
+from dape_kernels.decoder import DecoderModules
+from dape_kernels.paged import RaggedBatch
+
+# Outputs that the library multiplies at a time, and rows that it may read.
+OUTPUTS = 64
+ROWS = 16
+
+
+def decoder_obstacle(modules: DecoderModules) -> str | None:
+    """Return why a decoder cannot run here, None if it can."""
+    linears = [
+        linear
+        for layer in modules.layers
+        for linear in (layer.query_key_value, layer.dense, layer.up, layer.down)
+    ]
+    dtypes = {linear.weight.dtype for linear in linears}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        return f"weights of {', '.join(sorted(map(str, dtypes)))}"
+    odd = next((linear.in_features for linear in linears if linear.in_features % 8), None)
+    return None if odd is None else f"layers with {odd} inputs, no multiple of 8"
+
+
+class CpuDecoder:
+    """See `Decoder`. Products are bfloat16 where the weights are and the processor can, else float32."""
+
+    def __init__(
+        self,
+        modules: DecoderModules,
+        caches: Sequence[PanelCache],
+        encodings: Sequence[PreparedEncoding],
+        length: int,
+    ):
+        self._kept: list[object] = [caches, encodings]  # what the structs point to
+        self._length = length
+        self._cache = caches[0]
+        self._dtype = modules.layers[0].up.weight.dtype
+        layers = [
+            LayerStruct(
+                attention_norm=self._norm(layer.attention_norm),
+                mlp_norm=self._norm(layer.mlp_norm),
+                query_key_value=self._linear(layer.query_key_value),
+                dense=self._linear(layer.dense),
+                up=self._linear(layer.up),
+                down=self._linear(layer.down),
+                cache=cache.struct,
+                encoding=encoding.struct(length),
+            )
+            for layer, cache, encoding in zip(modules.layers, caches, encodings, strict=True)
+        ]
+        self._layers = (LayerStruct * len(layers))(*layers)
+        self._struct = DecoderStruct(
+            layers=pointer(self._layers[0]),
+            num_layers=len(layers),
+            norm=self._norm(modules.norm),
+            hidden=modules.norm.normalized_shape[0],
+            epsilon=modules.norm.eps,
+            parallel_residual=modules.parallel_residual,
+            type=STORAGE[self._dtype],
+        )
+        self._output = self._linear(modules.output)
+
+    def run(self, x: Tensor, batch: RaggedBatch, slots: Tensor) -> Tensor:
+        """See `Decoder.run`.
+
+        Raises:
+            ValueError: rows, slots or contexts that do not fit.
+        """
+        layout = Layout.of(batch, self._cache)
+        shape = (layout.rows, self._struct.hidden)
+        if x.dtype != torch.float32 or x.shape != shape or not x.is_contiguous():
+            raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected contiguous float32 {list(shape)}")
+        if slots.dtype != torch.int64 or slots.shape != shape[:1] or not slots.is_contiguous():
+            raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}, expected int64 {[layout.rows]}")
+        if layout.longest > self._length:
+            raise ValueError(
+                f"a context has {layout.longest} tokens, the decoder was made for {self._length}"
+            )
+        out = torch.empty_like(x)
+        call = batch_struct(layout, batch)
+        if load().dape_decode(
+            byref(self._struct), byref(call), slots.data_ptr(), x.data_ptr(), out.data_ptr()
+        ):
+            raise MemoryError("no memory for the scratch of the decoder")
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        narrow = self._dtype == torch.bfloat16 and "+" in instruction_set()
+        rows = functional.pad(
+            hidden.to(self._dtype if narrow else torch.float32), (0, 0, 0, -len(hidden) % ROWS)
+        )
+        scores = torch.empty(len(hidden), self._output.outputs)
+        load().dape_linear(
+            byref(self._output),
+            rows.data_ptr(),
+            STORAGE[rows.dtype],
+            rows.stride(0),
+            len(hidden),
+            scores.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return scores
+
+    def _norm(self, norm: nn.LayerNorm) -> NormStruct:
+        return NormStruct(weight=self._keep(norm.weight.float()), bias=self._keep(norm.bias.float()))
+
+    def _linear(self, linear: nn.Linear) -> LinearStruct:
+        packed = pack_weight(linear.weight.detach())
+        bias = None
+        if linear.bias is not None:
+            bias = self._keep(
+                functional.pad(linear.bias.detach().float(), (0, -linear.out_features % OUTPUTS))
+            )
+        return LinearStruct(
+            weight=self._keep(packed),
+            bias=bias,
+            inputs=linear.in_features,
+            outputs=linear.out_features,
+            storage=STORAGE[packed.dtype],
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """Return a weight [outputs, inputs] as panels [outputs / 16, inputs / G, 16, G], filled up with zeros.
+
+    Float32 weights that are bfloat16 numbers, as those of most model files, are stored as such: products
+    stay float32, and half as much memory is read.
+    """
+    narrow = weight.bfloat16()
+    kept = narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
+    lanes = WORD // kept.dtype.itemsize
+    filled = functional.pad(kept, (0, 0, 0, -len(kept) % OUTPUTS))
+    panels: Tensor = filled.unflatten(0, (-1, PANEL)).unflatten(2, (-1, lanes))
+    return panels.transpose(1, 2).contiguous()

@@ -1,0 +1,57 @@
+"""A whole decoder in the GPT-NeoX form, for backends that can run all its layers in one call.
+
+Letters: T rows of a ragged batch, R rows, h hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dape_kernels.paged import RaggedBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One pre-norm block: outputs [H, 3, d] of `query_key_value`, an exact GELU between `up` and `down`."""
+
+    attention_norm: nn.LayerNorm
+    query_key_value: nn.Linear
+    dense: nn.Linear
+    mlp_norm: nn.LayerNorm
+    up: nn.Linear
+    down: nn.Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderModules:
+    """What lies between the embedded tokens and their logits."""
+
+    layers: Sequence[DecoderLayer]
+    norm: nn.LayerNorm
+    output: nn.Linear
+    parallel_residual: bool
+
+
+class Decoder(Protocol):
+    """The layers of one model over the caches it was made for."""
+
+    def run(self, x: Tensor, batch: RaggedBatch, slots: Tensor) -> Tensor:
+        """Run all layers on the rows of a batch and store their keys and values.
+
+        Args:
+            x: float32 [T, h], contiguous, embedded tokens; may be overwritten.
+            batch: which rows belong to which sequence.
+            slots: int64 [T], where the rows' keys and values go.
+
+        Returns:
+            Hidden states float32 [T, h] behind the last norm.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits float32 [R, V] of hidden states [R, h]."""
+        ...
