@@ -31,8 +31,8 @@ INSTRUCTION_SETS: dict[str, list[str]] = {"portable": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = AVX512
-    INSTRUCTION_SETS["avx512bf16"] = [*AVX512, "-mavx512bf16"]
-    INSTRUCTION_SETS["avx512amx"] = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    INSTRUCTION_SETS["avx512bf16"] = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+    INSTRUCTION_SETS["avx512amx"] = [*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 PER_SET = ("attend.cpp", "linear.cpp")

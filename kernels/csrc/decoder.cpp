@@ -12,15 +12,13 @@ namespace dape {
 namespace {
 
 constexpr int64_t kNormRows = 16;  // of an item
-// What products on matrix units read at a time.
-constexpr int64_t kRowTile = 16;
 
 // Activations between two products, kept for the next call: fresh memory costs more than what is done with it.
 class Buffers {
   public:
     // Memory for rows of `columns` numbers.
     Activations rows(int index, int64_t rows, int64_t columns, int32_t type) {
-        const int64_t bytes = (rows + kRowTile - 1) / kRowTile * kRowTile * columns * (type == kBfloat16 ? 2 : 4);
+        const int64_t bytes = rows * columns * (type == kBfloat16 ? 2 : 4);
         if (bytes > sizes_[index]) {
             memory_[index].reset();
             sizes_[index] = 0;

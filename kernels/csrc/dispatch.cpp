@@ -33,8 +33,12 @@ bool may_use_matrix() {
 #endif
 }
 
+bool has_narrow_products() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
 // Processors with matrix units multiply bfloat16 vectors at half the speed of floats.
-bool has_fast_bfloat16() { return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_supports("amx-bf16"); }
+bool has_fast_bfloat16() { return has_narrow_products() && !__builtin_cpu_supports("amx-bf16"); }
 #endif
 
 struct Choice {
@@ -49,10 +53,9 @@ const Choice choices[] = {
 #if defined(DAPE_HAVE_X86)
     {"avx512", "avx512+amx", kernel_avx512amx,
      [] {
-         return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-bf16") &&
-                may_use_matrix();
+         return has_narrow_products() && __builtin_cpu_supports("amx-bf16") && may_use_matrix();
      }},
-    {"avx512", "avx512+bf16", kernel_avx512bf16, [] { return has_avx512() && has_fast_bfloat16(); }},
+    {"avx512", "avx512+bf16", kernel_avx512bf16, has_fast_bfloat16},
     {"avx512", "avx512", kernel_avx512, has_avx512},
     {"avx2", "avx2", kernel_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -158,16 +158,17 @@ void multiply_blocks(const Linear& layer, const Activations& x, int64_t first_ro
 // The same on matrix units.
 [[maybe_unused]] void multiply_matrix(const Linear& layer, const Activations& x, int64_t first_row, int rows,
                                       int64_t output, const Activations& target, Action action) {
-    [[maybe_unused]] const MatrixMode mode;
+    MatrixMode mode;
     const uint32_t* panels[kLinearOutputs / kPanel];
     for (int n = 0; n < kLinearOutputs / kPanel; ++n)
         panels[n] = layer.weight + (output / kPanel + n) * (layer.inputs / 2 * kPanel);
     alignas(64) float sums[kMatrix][kLinearOutputs];
     for (int64_t row = first_row; row < first_row + rows; row += kMatrix) {
-        // Rows behind the last one are computed of whatever lies there, and not used.
-        matrix_scores(static_cast<const uint16_t*>(x.data) + row * x.stride, x.stride, panels, int(layer.inputs),
-                      sums[0], kLinearOutputs);
-        for (int i = 0; i < least(kMatrix, first_row + rows - row); ++i)
+        const int count = int(least(kMatrix, first_row + rows - row));
+        mode.use_rows(count);
+        matrix_scores(static_cast<const uint16_t*>(x.data) + row * x.stride, x.stride, panels, nullptr,
+                      int(layer.inputs), sums[0], kLinearOutputs);
+        for (int i = 0; i < count; ++i)
             for (int n = 0; n < kLinearOutputs; n += kLanes)
                 finish(layer, target, action, row + i, output + n, load(&sums[i][n]));
     }
@@ -178,7 +179,7 @@ void multiply_blocks(const Linear& layer, const Activations& x, int64_t first_ro
 void multiply_linear(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
                      const Activations& target, Action action) {
     if constexpr (kHasMatrix)
-        if (x.type == kBfloat16 && rows >= kMatrix / 2 && layer.inputs % kHalf == 0)
+        if (x.type == kBfloat16 && layer.inputs % kHalf == 0)
             return multiply_matrix(layer, x, first_row, rows, output, target, action);
     if constexpr (kHasBfloat16)
         if (x.type == kBfloat16) return multiply_blocks<2, true>(layer, x, first_row, rows, output, target, action);

@@ -17,22 +17,39 @@ constexpr bool kHasMatrix = true;
 // which is how the cache and the packed scores lie in memory.
 class MatrixMode {
   public:
-    MatrixMode() {
-        alignas(64) struct {
+    ~MatrixMode() { _tile_release(); }
+    MatrixMode() = default;
+    MatrixMode(const MatrixMode&) = delete;
+
+    // Let left factors and sums have so many rows, 1 to 16: products take a time in proportion.
+    void use_rows(int rows) {
+        if (rows == rows_) return;
+        rows_ = rows;
+        const auto own = uint8_t(rows);
+        alignas(64) const struct {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-        } shapes;
+            uint8_t rows[16];
+        } shapes{.rows = {own, own, own, own, own, 16, own, 8}};
         _tile_loadconfig(&shapes);
     }
-    ~MatrixMode() { _tile_release(); }
-    MatrixMode(const MatrixMode&) = delete;
+
+  private:
+    int rows_ = 0;
 };
 
-// Scores of 16 queries and 4 panels of keys: out[16, 4 * 16].
-//   query: bfloat16, rows `stride` apart; keys: words of each panel; dim: a multiple of 16.
-inline void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys, int dim, float* out,
-                          int64_t out_stride) {
+// Fetch `rows` rows of tiles that lie `stride` words apart.
+template <int Tiles>
+inline void prefetch_rows(const uint32_t* words, int64_t stride, int rows) {
+    for (int row = 0; row < rows; ++row)
+        for (int tile = 0; tile < Tiles; ++tile) prefetch(words + row * stride + tile * kMatrix);
+}
+
+// Scores of as many queries as rows are in use and 4 panels of keys: out[rows, 4 * 16].
+//   query: bfloat16, rows `stride` apart; keys: words of each panel; next: panels that are needed after these,
+//   fetched on the way (null: none); dim: a multiple of 16.
+inline void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys,
+                          const uint32_t* const* next, int dim, float* out, int64_t out_stride) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -49,6 +66,8 @@ inline void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t*
         _tile_dpbf16ps(2, 4, 5);
         _tile_loadd(5, keys[3] + word, 64);
         _tile_dpbf16ps(3, 4, 5);
+        if (next)
+            for (int panel = 0; panel < 4; ++panel) prefetch_rows<1>(next[panel] + word, kPanel, kDepth / 2);
     }
     if (element < dim) {
         const int64_t word = element / 2 * kPanel;
@@ -68,12 +87,13 @@ inline void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t*
     _tile_stored(3, out + 3 * kMatrix, out_stride * 4);
 }
 
-// out[16, Tiles * 16] += weights times values of some panels, Tiles 1 or 4.
+// out[rows, Tiles * 16] += weights times values of some panels, Tiles 1 or 4.
 //   weights: bfloat16, rows `stride` apart, by key; values: words of each panel at the first element wanted,
-//   `value_stride` from one pair of keys to the next; all 16 keys of a panel count.
+//   `value_stride` from one pair of keys to the next; all 16 keys of a panel count; next: as of `matrix_scores`.
 template <int Tiles>
 inline void matrix_outputs(const uint16_t* weights, int64_t stride, const uint32_t* const* values,
-                           int64_t value_stride, int panels, float* out, int64_t out_stride) {
+                           const uint32_t* const* next, int64_t value_stride, int panels, float* out,
+                           int64_t out_stride) {
     _tile_loadd(0, out, out_stride * 4);
     if constexpr (Tiles == 4) {
         _tile_loadd(1, out + kMatrix, out_stride * 4);
@@ -92,6 +112,7 @@ inline void matrix_outputs(const uint16_t* weights, int64_t stride, const uint32
             _tile_loadd(7, values[panel] + 3 * kMatrix, value_stride * 4);
             _tile_dpbf16ps(3, 6, 7);
         }
+        if (next) prefetch_rows<Tiles>(next[panel], value_stride, kPanel / 2);
     }
     _tile_stored(0, out, out_stride * 4);
     if constexpr (Tiles == 4) {
@@ -101,7 +122,7 @@ inline void matrix_outputs(const uint16_t* weights, int64_t stride, const uint32
     }
 }
 
-// 16 outputs of a layer of the score network on 64 columns: out = fixed + weight times in.
+// 16 outputs of a layer of the score network on 64 columns, with 16 rows in use: out = fixed + weight times in.
 //   fixed: [16, fixed_stride]; weight: bfloat16 [16, depth]; in: words [depth / 2, kTile]; depth: a multiple
 //   of kDepth; out: [16, kTile].
 inline void matrix_layer(const float* fixed, int64_t fixed_stride, const uint16_t* weight, const uint32_t* in,
@@ -132,12 +153,14 @@ inline void matrix_layer(const float* fixed, int64_t fixed_stride, const uint16_
 
 // Declared for code that is compiled for every instruction set and runs on none of these.
 constexpr bool kHasMatrix = false;
-struct MatrixMode {};
-void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys, int dim, float* out,
-                   int64_t out_stride);
+struct MatrixMode {
+    void use_rows(int) {}
+};
+void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys, const uint32_t* const* next,
+                   int dim, float* out, int64_t out_stride);
 template <int Tiles>
-void matrix_outputs(const uint16_t* weights, int64_t stride, const uint32_t* const* values, int64_t value_stride,
-                    int panels, float* out, int64_t out_stride);
+void matrix_outputs(const uint16_t* weights, int64_t stride, const uint32_t* const* values, const uint32_t* const* next,
+                    int64_t value_stride, int panels, float* out, int64_t out_stride);
 void matrix_layer(const float* fixed, int64_t fixed_stride, const uint16_t* weight, const uint32_t* in, int depth,
                   float* out);
 

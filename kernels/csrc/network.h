@@ -39,6 +39,9 @@ class Network {
     // Whether bfloat16 products are used. Then scores come unscaled, with the scale in the weights.
     bool paired() const { return Pairs && e_.width && e_.kernel == 1 && e_.width % 4 == 0; }
 
+    // Whether its products are those of matrix units.
+    bool on_matrix() const { return kHasMatrix && paired() && e_.width % kMatrix == 0; }
+
     // Must be called before `adapt`.
     void load_weights() {
         if constexpr (!Pairs) return;
@@ -98,7 +101,6 @@ class Network {
     }
 
   private:
-    bool on_matrix() const { return kHasMatrix && e_.width % kMatrix == 0; }
     static int round_up(int count, int step) { return (count + step - 1) / step * step; }
     // Inputs of the layers, filled up to what the products take at a time, and outputs of the second.
     int score_depth() const { return round_up(heads_, on_matrix() ? kDepth : 2); }

@@ -12,7 +12,7 @@ namespace {
 // Keys that a part has at least, times rows: fewer cost more to merge than they save.
 constexpr int64_t kLeastWork = 1024;
 // Items per thread that keep the threads evenly busy.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 8;
 
 int64_t work(const Item& item) { return item.rows * (item.last_key - item.first_key); }
 

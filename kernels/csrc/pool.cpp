@@ -14,7 +14,7 @@ std::atomic<Pool*> current{nullptr};
 
 // Waking a sleeping thread takes as long as a small task, so threads look out for this long before they sleep:
 // within a step of a model they stay awake, between steps they leave the core to others.
-constexpr std::chrono::microseconds kLookout{50};
+constexpr std::chrono::microseconds kLookout{100};
 
 void pause() {
 #if defined(__x86_64__)

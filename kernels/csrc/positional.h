@@ -8,9 +8,9 @@ namespace dape::DAPE_ISA {
 class PositionalRows {
   public:
     PositionalRows(const Positional& positional, int rows, Arena& arena)
-        : p_(positional), rows_(rows),
-          stride_(p_.knots ? kTile : (kTile + rows + kPanel - 1) / kPanel * kPanel),
-          values_(arena.take<float>((p_.channels + kPanel) * stride_)) {}
+        : p_(positional), rows_(rows), in_place_(rows == 1 && !p_.knots),
+          stride_(in_place_ ? p_.stride : p_.knots ? kTile : (kTile + rows + kPanel - 1) / kPanel * kPanel),
+          values_(in_place_ ? nullptr : arena.take<float>((p_.channels + kPanel) * stride_)) {}
 
     int channels() const { return p_.channels; }
     int64_t stride() const { return stride_; }
@@ -20,15 +20,22 @@ class PositionalRows {
     void begin(int64_t position, int64_t first) {
         position_ = position;
         if (p_.knots || !p_.channels) return;
-        const float* strip = p_.table + p_.origin - (position + rows_ - 1 - first);
+        strip_ = p_.table + p_.origin - (position + rows_ - 1 - first);
+        const int64_t width = in_place_ ? kTile : stride_;
         for (int channel = 0; channel < p_.channels; ++channel)
-            for (int i = 0; i < stride_; i += kLanes)
-                store(values_ + channel * stride_ + i, load(strip + channel * p_.stride + i));
+            for (int i = 0; i < width; i += kPanel) {
+                const float* at = strip_ + channel * p_.stride + i;
+                // There are too many strips for the processor to guess what the next tile needs.
+                prefetch(at + kTile);
+                if (in_place_) continue;
+                for (int n = 0; n < kPanel; n += kLanes) store(values_ + channel * stride_ + i + n, load(at + n));
+            }
     }
 
     // Channels [channels, stride] of a row in the columns from `first`; valid until the next call. There are up to
     // 16 more rows of any content, for those who read whole matrix tiles.
     const float* of(int row, int64_t first) {
+        if (in_place_) return strip_;
         if (!p_.knots) return values_ + (rows_ - 1 - row);
         evaluate(position_ + row, first);
         return values_;
@@ -66,8 +73,10 @@ class PositionalRows {
 
     const Positional& p_;
     const int rows_;
+    const bool in_place_;  // one row reads the table itself
     const int64_t stride_;
     float* values_;
+    const float* strip_ = nullptr;
     int64_t position_ = 0;
 };
 

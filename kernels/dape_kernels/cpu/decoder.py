@@ -28,9 +28,7 @@ from dape_kernels.cpu.library import (
 from dape_kernels.decoder import DecoderModules
 from dape_kernels.paged import RaggedBatch
 
-# Outputs that the library multiplies at a time, and rows that it may read.
-OUTPUTS = 64
-ROWS = 16
+OUTPUTS = 64  # that the library multiplies at a time
 
 
 def decoder_obstacle(modules: DecoderModules) -> str | None:
@@ -113,9 +111,7 @@ class CpuDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder.logits`."""
         narrow = self._dtype == torch.bfloat16 and "+" in instruction_set()
-        rows = functional.pad(
-            hidden.to(self._dtype if narrow else torch.float32), (0, 0, 0, -len(hidden) % ROWS)
-        )
+        rows = hidden.to(self._dtype if narrow else torch.float32).contiguous()
         scores = torch.empty(len(hidden), self._output.outputs)
         load().dape_linear(
             byref(self._output),

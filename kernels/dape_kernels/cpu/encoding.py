@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dape_kernels.bias import LEAKY_SLOPE, Bias, Fire
-from dape_kernels.cpu.library import EncodingStruct
+from dape_kernels.cpu.library import PANEL, EncodingStruct
 from dape_kernels.encoding import Dape, Encoding
 
 LOG2_E = math.log2(math.e)
@@ -25,9 +25,9 @@ LOG2_E = math.log2(math.e)
 FIRE_SLOPES = {functional.relu: 0.0, functional.leaky_relu: LEAKY_SLOPE}
 # Zeros behind distance 0: what a tile reads of columns after the query.
 FUTURE = 256
-LINE = 16  # floats in a cache line
-# Rows of a table that are a multiple of this many floats apart would share few sets of the caches.
-ALIASING = 1024
+# Rows of a table lie so many floats apart, modulo a page: strips of a tile, four or five lines of each row, then
+# lie in different sets of the first-level cache.
+PAGE, STEP = 1024, 80
 
 Parameters = TypeVar("Parameters", Bias, Dape)
 
@@ -120,10 +120,11 @@ class PreparedEncoding:
     def _reverse(self, name: str, channels: Tensor) -> Tensor:
         """Return channels [C, distances] with distances falling to 0 and zeros behind, in float32."""
         length = channels.shape[1]
-        stride = -(-(length + FUTURE) // LINE) * LINE
-        stride += LINE if stride % ALIASING == 0 else 0
-        self._kept[name] = table = torch.zeros(len(channels), stride)
-        table[:, :length] = channels.flip(1)
+        stride = length + FUTURE
+        stride += (STEP - stride) % PAGE
+        rows = -(-len(channels) // PANEL) * PANEL  # matrix units read whole tiles
+        self._kept[name] = table = torch.zeros(rows, stride)
+        table[: len(channels), :length] = channels.flip(1)
         return table
 
 
