@@ -201,6 +201,19 @@ def test_bfloat16_queries(cpu: Backend[Any], form: str, cache_dtype: torch.dtype
     check(cpu, as_cached(paged), LAYERS[form], 6, 32, tolerance=0.02)
 
 
+@pytest.mark.parametrize("form", ["nope", "kerple"])
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 24), (6, 64), (2, 256)])
+def test_integer_products_are_finer_than_the_int8_cache(
+    cpu: Backend[Any], form: str, heads: int, head_dim: int
+) -> None:
+    """Bfloat16 queries may be multiplied as 16-bit integers: the log-sum-exp shows their rounding alone."""
+    paged = random_batch(cpu, SPANS, heads, head_dim, dtype=torch.bfloat16, cache_dtype=torch.int8)
+    encoding = random_encoding(LAYERS[form], heads, head_dim, torch.float64)
+    _, expected = as_cached(paged).expected(encoding, torch.float64)
+    _, lse = attend(cpu, paged, random_encoding(LAYERS[form], heads, head_dim, torch.float32))
+    assert (lse - expected).abs().max() < 1e-4
+
+
 def test_float16_queries_are_widened(best_cpu: Backend[Any]) -> None:
     paged = random_batch(best_cpu, [(40, 7)], 3, 8, dtype=torch.float16, cache_dtype=torch.float32)
     encoding = random_encoding(LAYERS["kerple-v1"], 3, 8, torch.float32)

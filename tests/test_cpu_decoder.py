@@ -89,7 +89,7 @@ def run(model: DapeForCausalLM, spans: list[tuple[int, int]], tokens: list[Tenso
             [torch.tensor(batch.positions(s), dtype=torch.int64) for s in range(len(spans))]
         )
         x = model.embed(ids, positions).float()
-        hidden = decoder.run(x, batch, batch.slots())
+        hidden = decoder.run(x, batch)
     return hidden, decoder
 
 
@@ -207,14 +207,11 @@ def test_weights_that_are_bfloat16_numbers_take_half_the_memory() -> None:
 def test_misfits_are_refused() -> None:
     model = make_model()
     decoder, batch = make_decoder(model, [(4, 4)])
-    slots = batch.slots()
     with pytest.raises(ValueError, match=r"x is torch\.float32"):
-        decoder.run(torch.zeros(3, 72), batch, slots)
-    with pytest.raises(ValueError, match="slots are"):
-        decoder.run(torch.zeros(4, 72), batch, slots[:3])
+        decoder.run(torch.zeros(3, 72), batch)
     long = RaggedBatch([0, 1], [LENGTH + 1], torch.zeros(1, 40, dtype=torch.int32), BLOCK_SIZE)
     with pytest.raises(ValueError, match="321 tokens"):
-        decoder.run(torch.zeros(1, 72), long, slots[:1])
+        decoder.run(torch.zeros(1, 72), long)
 
 
 @pytest.mark.parametrize(

@@ -124,9 +124,9 @@ class ModelRunner:
             device=self.device,
         )
         positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
-        slots = batch.slots()
         if self._decoder is not None:
-            return self._decoder.run(self.model.embed(token_ids, positions).float(), batch, slots)
+            return self._decoder.run(self.model.embed(token_ids, positions).float(), batch)
+        slots = batch.slots()
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache = self.caches[layer]

@@ -43,7 +43,8 @@ class Walk {
   public:
     Walk(const Attention& attention, int rows, void* scratch)
         : a_(attention), e_(attention.encoding), heads_(attention.cache.heads), rows_(rows), arena_(scratch),
-          products_(attention, rows, arena_), network_(e_, heads_, arena_), positional_(e_.positional, rows, arena_) {
+          packed_for_(arena_.take<uint64_t>(1)), network_(e_, heads_, arena_), products_(attention, rows, arena_),
+          positional_(e_.positional, rows, arena_) {
         const bool own_weights = Pairs || network_.convolves();
         const int64_t room = products_.room();
         score_stride_ = int64_t(network_.score_stride()) * network_.inputs() + 16;
@@ -60,10 +61,11 @@ class Walk {
 
     int64_t scratch_bytes() const { return arena_.used(); }
 
-    void run(const Item& item) {
+    void run(const Item& item, uint64_t call) {
         item_ = &item;
         std::conditional_t<Pairs, MatrixMode, NoMatrix> mode;
-        network_.load_weights();
+        if (*packed_for_ != call) network_.load_weights();
+        *packed_for_ = call;
         products_.begin(item);
         clear();
         const int lag = network_.convolves() ? kPanel : 0, lead = network_.convolves() ? kCarry : 0;
@@ -216,8 +218,10 @@ class Walk {
     const int heads_, rows_;
     const Item* item_ = nullptr;
     Arena arena_;
-    Products products_;
+    // First in the scratch memory, so that they lie in the same place whatever the number of rows.
+    uint64_t* packed_for_;  // call that the network's weights are packed for
     Network<Pairs> network_;
+    Products products_;
     PositionalRows positional_;
     int64_t score_stride_;
     float* scores_;   // [rows, score_stride_]
@@ -258,9 +262,9 @@ static int64_t scratch_bytes(const Attention& attention) {
     return bytes;
 }
 
-static void walk(const Attention& attention, const Item& item, void* scratch) {
+static void walk(const Attention& attention, const Item& item, uint64_t call, void* scratch) {
     [[maybe_unused]] const FlushSubnormals flush;
-    with_walk(attention, item.rows, scratch, [&](auto& walk) { walk.run(item); });
+    with_walk(attention, item.rows, scratch, [&](auto& walk) { walk.run(item, call); });
 }
 
 }  // namespace dape::DAPE_ISA

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "dispatch.h"
@@ -20,7 +21,8 @@ class Scratch {
             std::free(memory_);
             size_ = (bytes + 63) / 64 * 64;
             memory_ = std::aligned_alloc(64, size_);
-            if (!memory_) size_ = 0;
+            if (memory_) std::memset(memory_, 0, 8);
+            else size_ = 0;
         }
         return memory_;
     }
@@ -32,15 +34,18 @@ class Scratch {
 
 thread_local Scratch scratch;
 
+std::atomic<uint64_t> calls{0};
+
 }  // namespace
 
 void attend(const Attention& attention, const Plan& plan) {
     const Kernel& used = kernel();
     const int64_t bytes = used.scratch_bytes(attention);
+    const uint64_t call = ++calls;
     std::atomic<bool> failed{false};
     share(attention.threads, int64_t(plan.items.size()), [&](int64_t item) {
         void* memory = scratch.get(bytes);
-        if (memory) used.walk(attention, plan.items[item], memory);
+        if (memory) used.walk(attention, plan.items[item], call, memory);
         else failed = true;
     });
     if (failed) throw std::bad_alloc();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "batch.h"
 #include "dispatch.h"
@@ -42,6 +43,21 @@ char* at(const Activations& x, int64_t element) {
     return static_cast<char*>(x.data) + element * (x.type == kBfloat16 ? 2 : 4);
 }
 
+// The slots of all rows of a batch.
+std::vector<int64_t> slots_of(const Attention& batch) {
+    std::vector<int64_t> slots(batch.query_starts[batch.sequences]);
+    const int64_t block = batch.panels_per_block * kPanel;
+    for (int64_t sequence = 0; sequence < batch.sequences; ++sequence) {
+        const int32_t* table = batch.block_tables + sequence * batch.table_stride;
+        const int64_t end = batch.query_starts[sequence + 1];
+        for (int64_t row = batch.query_starts[sequence]; row < end; ++row) {
+            const int64_t position = batch.context_lens[sequence] - end + row;
+            slots[row] = table[position / block] * block + position % block;
+        }
+    }
+    return slots;
+}
+
 }  // namespace
 
 void multiply(const Linear& layer, const Activations& x, int64_t rows, const Activations& target, Action action,
@@ -56,7 +72,7 @@ void multiply(const Linear& layer, const Activations& x, int64_t rows, const Act
     });
 }
 
-void decode(const Decoder& decoder, const Attention& batch, const int64_t* slots, float* x, float* out) {
+void decode(const Decoder& decoder, const Attention& batch, float* x, float* out) {
     const Kernel& used = kernel();
     const int64_t rows = batch.query_starts[batch.sequences], hidden = decoder.hidden;
     const int32_t type = decoder.type == kBfloat16 && used.bfloat16 ? kBfloat16 : kFloat32;
@@ -83,6 +99,7 @@ void decode(const Decoder& decoder, const Attention& batch, const int64_t* slots
     attention.output = attended.data;
     attention.lse = static_cast<float*>(buffers.rows(4, rows, shape.heads, kFloat32).data);
     const Plan plan = make_plan(attention, threads);
+    const std::vector<int64_t> slots = slots_of(batch);
 
     for (int64_t index = 0; index < decoder.num_layers; ++index) {
         const Layer& layer = decoder.layers[index];
@@ -92,7 +109,7 @@ void decode(const Decoder& decoder, const Attention& batch, const int64_t* slots
         multiply(layer.query_key_value, normed, rows, projected, kStore, threads);
         const Source key{at(projected, head_dim), 3 * hidden, 3 * head_dim};
         const Source value{at(projected, 2 * head_dim), 3 * hidden, 3 * head_dim};
-        write(layer.cache, key, value, type, slots, rows, threads);
+        write(layer.cache, key, value, type, slots.data(), rows, threads);
         attend(attention, plan);
         if (decoder.parallel_residual) normalise(layer.mlp_norm, normed);
         multiply(layer.dense, attended, rows, residual, kAdd, threads);

@@ -21,9 +21,9 @@ DAPE_EXPORT int32_t dape_attend(const dape::Attention* attention) try {
     return 1;
 }
 
-DAPE_EXPORT int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, const int64_t* slots,
-                                float* x, float* out) try {
-    dape::decode(*decoder, *batch, slots, x, out);
+DAPE_EXPORT int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, float* x,
+                                float* out) try {
+    dape::decode(*decoder, *batch, x, out);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

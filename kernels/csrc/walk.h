@@ -40,8 +40,9 @@ struct Kernel {
     const char* name;
     bool bfloat16;  // whether it multiplies bfloat16
     int64_t (*scratch_bytes)(const Attention& attention);
-    // scratch: 64-byte aligned, its content is of no importance.
-    void (*walk)(const Attention& attention, const Item& item, void* scratch);
+    // call: a number above 0 that items of the same call share; scratch: 64-byte aligned, it starts with 8 bytes
+    // of zeros or as the thread's last item left it, its further content is of no importance.
+    void (*walk)(const Attention& attention, const Item& item, uint64_t call, void* scratch);
     // The layer's results in up to kLinearRows rows and the kLinearOutputs outputs from `output` on.
     void (*multiply)(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
                      const Activations& target, Action action);

@@ -39,13 +39,12 @@ class DecoderModules:
 class Decoder(Protocol):
     """The layers of one model over the caches it was made for."""
 
-    def run(self, x: Tensor, batch: RaggedBatch, slots: Tensor) -> Tensor:
+    def run(self, x: Tensor, batch: RaggedBatch) -> Tensor:
         """Run all layers on the rows of a batch and store their keys and values.
 
         Args:
             x: float32 [T, h], contiguous, embedded tokens; may be overwritten.
             batch: which rows belong to which sequence.
-            slots: int64 [T], where the rows' keys and values go.
 
         Returns:
             Hidden states float32 [T, h] behind the last norm.

@@ -84,27 +84,23 @@ class CpuDecoder:
         )
         self._output = self._linear(modules.output)
 
-    def run(self, x: Tensor, batch: RaggedBatch, slots: Tensor) -> Tensor:
+    def run(self, x: Tensor, batch: RaggedBatch) -> Tensor:
         """See `Decoder.run`.
 
         Raises:
-            ValueError: rows, slots or contexts that do not fit.
+            ValueError: rows or contexts that do not fit.
         """
         layout = Layout.of(batch, self._cache)
         shape = (layout.rows, self._struct.hidden)
         if x.dtype != torch.float32 or x.shape != shape or not x.is_contiguous():
             raise ValueError(f"x is {x.dtype} {list(x.shape)}, expected contiguous float32 {list(shape)}")
-        if slots.dtype != torch.int64 or slots.shape != shape[:1] or not slots.is_contiguous():
-            raise ValueError(f"slots are {slots.dtype} {list(slots.shape)}, expected int64 {[layout.rows]}")
         if layout.longest > self._length:
             raise ValueError(
                 f"a context has {layout.longest} tokens, the decoder was made for {self._length}"
             )
         out = torch.empty_like(x)
         call = batch_struct(layout, batch)
-        if load().dape_decode(
-            byref(self._struct), byref(call), slots.data_ptr(), x.data_ptr(), out.data_ptr()
-        ):
+        if load().dape_decode(byref(self._struct), byref(call), x.data_ptr(), out.data_ptr()):
             raise MemoryError("no memory for the scratch of the decoder")
         return out
 

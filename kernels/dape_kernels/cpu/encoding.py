@@ -25,7 +25,7 @@ LOG2_E = math.log2(math.e)
 FIRE_SLOPES = {functional.relu: 0.0, functional.leaky_relu: LEAKY_SLOPE}
 # Zeros behind distance 0: what a tile reads of columns after the query.
 FUTURE = 256
-# Rows of a table lie so many floats apart, modulo a page: strips of a tile, four or five lines of each row, then
+# Rows of a table lie so many floats apart, modulo a page: the strips of a tile, five lines of each row, then
 # lie in different sets of the first-level cache.
 PAGE, STEP = 1024, 80
 
