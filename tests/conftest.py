@@ -11,7 +11,7 @@ import pytest
 
 from dape_kernels.attention import BACKENDS, Backend
 from dape_kernels.cpu.library import (
-    INSTRUCTION_SETS,
+    BUILDS,
     LibraryMissingError,
     instruction_set,
     load,
@@ -50,7 +50,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden.load(request.param)
 
 
-CPU = [f"cpu-{name}" for name in INSTRUCTION_SETS]
+CPU = [f"cpu-{name}" for name in BUILDS]
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def backend_named(name: str) -> Iterator[Backend[Any]]:
         yield BACKENDS[key]
         return
     try:
-        before = instruction_set().partition("+")[0]
+        before = instruction_set()
         set_instruction_set(wanted)
     except (LibraryMissingError, ValueError) as error:
         pytest.skip(str(error))
@@ -71,7 +71,7 @@ def backend_named(name: str) -> Iterator[Backend[Any]]:
 
 @pytest.fixture(params=CPU)
 def cpu(request: pytest.FixtureRequest) -> Iterator[Backend[Any]]:
-    """The backend `cpu` with every instruction set of this machine in turn."""
+    """The backend `cpu` with every build that this machine can run in turn."""
     with backend_named(request.param) as backend:
         yield backend
 

@@ -119,9 +119,9 @@ def random_tokens(spans: list[tuple[int, int]]) -> list[Tensor]:
     return [torch.randint(0, 211, (context,), generator=generator) for context, _ in spans]
 
 
-@pytest.fixture(params=library.INSTRUCTION_SETS)
+@pytest.fixture(params=library.BUILDS)
 def _instruction_set(request: pytest.FixtureRequest) -> Any:
-    """Every instruction set that this processor has."""
+    """Every build that this machine can run."""
     try:
         library.set_instruction_set(request.param)
     except ValueError as error:

@@ -111,10 +111,10 @@ struct Decoder {
 
 extern "C" {
 
-// Instruction set in use: "avx512", "avx2" or "portable", followed by "+bf16" or "+amx" where bfloat16 products run,
-// by vector or by matrix units.
+// Build in use: an instruction set, "avx512", "avx2" or "portable", where there are several followed by what multiplies
+// bfloat16: "+amx" matrix units, "+bf16" vectors, "+fp32" nothing, so it is widened.
 const char* dape_isa();
-// Choose an instruction set by name ("auto": the best). Returns 0, or 1 if this processor or build lacks it.
+// Choose an instruction set ("auto": the best) or one build. Returns 0, or 1 if this processor or library lacks it.
 int32_t dape_set_isa(const char* name);
 
 // Compute attention of all rows. Returns 0, or 1 if memory ran out.

@@ -37,34 +37,39 @@ bool has_narrow_products() {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
-// Processors with matrix units multiply bfloat16 vectors at half the speed of floats.
-bool has_fast_bfloat16() { return has_narrow_products() && !__builtin_cpu_supports("amx-bf16"); }
+bool has_matrix() { return __builtin_cpu_supports("amx-bf16"); }
 #endif
 
+bool always() { return true; }
+
 struct Choice {
-    const char* name;
-    const char* label;
+    const char* set;
+    const char* build;
     const Kernel& kernel;
     bool (*runs)();
+    bool (*pays)();  // whether it is chosen where nobody asks for it
 };
 
-// The best first. A name may stand for several builds.
+// The best first.
 const Choice choices[] = {
 #if defined(DAPE_HAVE_X86)
     {"avx512", "avx512+amx", kernel_avx512amx,
-     [] {
-         return has_narrow_products() && __builtin_cpu_supports("amx-bf16") && may_use_matrix();
-     }},
-    {"avx512", "avx512+bf16", kernel_avx512bf16, has_fast_bfloat16},
-    {"avx512", "avx512", kernel_avx512, has_avx512},
-    {"avx2", "avx2", kernel_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+     [] { return has_narrow_products() && has_matrix() && may_use_matrix(); }, always},
+    // Processors with matrix units multiply bfloat16 vectors at half the speed of floats.
+    {"avx512", "avx512+bf16", kernel_avx512bf16, has_narrow_products, [] { return !has_matrix(); }},
+    {"avx512", "avx512+fp32", kernel_avx512, has_avx512, always},
+    {"avx2", "avx2", kernel_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+     always},
 #endif
-    {"portable", "portable", kernel_portable, [] { return true; }},
+    {"portable", "portable", kernel_portable, always, always},
 };
 
 const Choice* find(const char* name) {
-    for (const Choice& choice : choices)
-        if ((!std::strcmp(name, "auto") || !std::strcmp(name, choice.name)) && choice.runs()) return &choice;
+    const bool any = !std::strcmp(name, "auto");
+    for (const Choice& choice : choices) {
+        const bool wanted = (any || !std::strcmp(name, choice.set)) && choice.pays();
+        if ((wanted || !std::strcmp(name, choice.build)) && choice.runs()) return &choice;
+    }
     return nullptr;
 }
 
@@ -79,7 +84,7 @@ const Choice& choice() {
 
 const Kernel& kernel() { return choice().kernel; }
 
-const char* isa_label() { return choice().label; }
+const char* build_name() { return choice().build; }
 
 bool choose_isa(const char* name) {
     const Choice* found = find(name);

@@ -7,9 +7,9 @@ namespace dape {
 
 // Functions of the instruction set in use: the best one, unless another was chosen.
 const Kernel& kernel();
-// Its name and how it multiplies bfloat16.
-const char* isa_label();
-// Use a set by name ("auto": the best). Returns false if this processor or build lacks it.
+// The name of this build.
+const char* build_name();
+// Use an instruction set or one build for it ("auto": the best). Returns false if this processor or library lacks it.
 bool choose_isa(const char* name);
 
 }  // namespace dape

@@ -10,7 +10,7 @@
 
 extern "C" {
 
-DAPE_EXPORT const char* dape_isa() { return dape::isa_label(); }
+DAPE_EXPORT const char* dape_isa() { return dape::build_name(); }
 
 DAPE_EXPORT int32_t dape_set_isa(const char* name) { return dape::choose_isa(name) ? 0 : 1; }
 

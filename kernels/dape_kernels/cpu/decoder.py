@@ -22,8 +22,8 @@ from dape_kernels.cpu.library import (
     LayerStruct,
     LinearStruct,
     NormStruct,
-    instruction_set,
     load,
+    multiplies_bfloat16,
 )
 from dape_kernels.decoder import DecoderModules
 from dape_kernels.paged import RaggedBatch
@@ -106,7 +106,7 @@ class CpuDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        narrow = self._dtype == torch.bfloat16 and "+" in instruction_set()
+        narrow = self._dtype == torch.bfloat16 and multiplies_bfloat16()
         rows = hidden.to(self._dtype if narrow else torch.float32).contiguous()
         scores = torch.empty(len(hidden), self._output.outputs)
         load().dape_linear(

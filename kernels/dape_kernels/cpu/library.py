@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+BUILDS = ("avx512+amx", "avx512+bf16", "avx512+fp32", "avx2", "portable")
+"""Instruction sets, and for AVX-512 what multiplies bfloat16: matrix units, vectors, or nothing."""
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 PANEL = 16  # keys in one panel of the cache
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -184,13 +186,18 @@ def load() -> CDLL:
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use, with "+bf16" where bfloat16 products run; see `load`."""
+    """Return the one of `BUILDS` that is in use; see `load`."""
     name: bytes = load().dape_isa()
     return name.decode()
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether bfloat16 is multiplied as such, not widened to float32."""
+    return instruction_set().endswith(("+amx", "+bf16"))
+
+
 def set_instruction_set(name: str) -> None:
-    """Use an instruction set from now on; "auto" is the best one.
+    """Use an instruction set or one of `BUILDS` from now on; "auto" is the best one.
 
     Raises:
         ValueError: no such instruction set, or this processor or build lacks it.
@@ -200,7 +207,7 @@ def set_instruction_set(name: str) -> None:
 
 
 def _choose(library: CDLL, name: str, setting: str) -> None:
-    if name not in ("auto", *INSTRUCTION_SETS):
+    if name not in ("auto", *INSTRUCTION_SETS, *BUILDS):
         raise ValueError(f"{setting} is {name!r}, expected one of auto, {', '.join(INSTRUCTION_SETS)}")
     if library.dape_set_isa(name.encode()):
         raise ValueError(f"{setting} is {name!r}, which this processor or this build of the library lacks")
