@@ -1,7 +1,7 @@
 """Fill the tables of the README and of the model cards with measured numbers: none is typed by hand.
 
-Reads docs/results/extrapolation.json (`dape evaluate --json`) and benchmarks/results/engine.json
-(`dape bench engine --json`).
+Reads docs/results/extrapolation.json (`dape evaluate --json`), and of benchmarks/results engine.json (`dape
+bench engine --json`) and engine-llama.cpp.json (the same with `--dtype bfloat16 --peer llama.cpp`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> None:
     readme = REPOSITORY / "README.md"
     text = replace(readme.read_text(), "results", extrapolation(results))
     text = replace(text, "speed", speed(read("benchmarks/results/engine.json")))
+    text = replace(text, "peer", beside_peer(read("benchmarks/results/engine-llama.cpp.json")))
     readme.write_text(text)
 
 
@@ -88,9 +89,37 @@ def speed(results: Any) -> str:
     starts = [figures.get("seconds_to_first_token") for figures in models.values()]
     if None not in starts:
         rows.append(["`dape serve`, start to first token", *(f"{seconds:.1f} s" for seconds in starts)])
+    return f"{circumstances(results)}\n\n" + markdown(["", *models], rows)
+
+
+def beside_peer(results: Any) -> str:
+    """Return tokens per second beside another engine and the ratios, three columns for each model."""
+    models: dict[str, Any] = results["models"]
+    header = ["tokens/s"]
+    for name, figures in models.items():
+        header += [name, figures["peer"]["name"], "ratio"]
+    rows = []
+    for group, label in (("prefill", "prefill {} tokens"), ("decode", "decode {} cached tokens")):
+        for case in next(iter(models.values()))[group]:
+            cells = [label.format(case)]
+            for figures in models.values():
+                peer = figures["peer"]
+                speeds = (figures[group][case], peer[group][case])
+                cells += [f"{speed:,.0f}" for speed in speeds]
+                cells.append(f"{peer['engine_over_peer'][group][case]:.1f}")
+            rows.append(cells)
+    return f"{circumstances(results)}\n\n" + markdown(header, rows)
+
+
+def circumstances(results: Any) -> str:
+    """Return a line about the machine and the settings."""
     machine, dtype = results["machine"], results["settings"]["dtype"]
-    note = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, weights {dtype}."
-    return f"{note}\n\n" + markdown(["", *models], rows)
+    # On a CPU, auto is float32.
+    weights = "float32" if dtype == "auto" else dtype
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, {machine['kernels']}, "
+        f"torch {machine['torch']}, weights {weights}."
+    )
 
 
 if __name__ == "__main__":
