@@ -24,28 +24,30 @@ DAPE_KERPLE = {"position": {"kind": "kerple"}, "dape": {"width": 8}}
 def write_model(folder: Path, *, max_model_len: int = 512, **settings: Any) -> Path:
     """Write a two-layer model of 4 heads x 8 with weights far from their initial values."""
     tokenizer = train_tokenizer(TEXT, 300)
-    config = ModelConfig.model_validate(
-        {
-            "vocab_size": 304,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "train_length": 32,
-            "max_model_len": max_model_len,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            **(settings or DAPE_KERPLE),
-        }
-    )
-    torch.manual_seed(0)
-    model = DapeForCausalLM(config)
+    sizes = {
+        "vocab_size": 304,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "train_length": 32,
+        "max_model_len": max_model_len,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    save_model_folder(folder, random_model({**sizes, **(settings or DAPE_KERPLE)}), tokenizer)
+    return folder
+
+
+def random_model(settings: dict[str, Any], seed: int = 0) -> DapeForCausalLM:
+    """Return a model with weights far from their initial values."""
+    torch.manual_seed(seed)
+    model = DapeForCausalLM(ModelConfig.model_validate(settings))
     initialise(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    save_model_folder(folder, model, tokenizer)
-    return folder
+    return model.requires_grad_(False)
 
 
 def plain_logprobs(folder: Path, ids: Sequence[int]) -> torch.Tensor:

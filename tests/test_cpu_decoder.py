@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dape_engine.config import ModelConfig
-from dape_engine.model import DapeForCausalLM, initialise
+from dape_engine.model import DapeForCausalLM
 from dape_kernels.attention import BACKENDS
 from dape_kernels.cpu import library
 from dape_kernels.cpu.decoder import pack_weight
 from dape_kernels.decoder import Decoder
+from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import reference_attention
 from layers import relative_error
+from models import DAPE_KERPLE, random_model
 
 BLOCK_SIZE = 16
 LENGTH = 320
@@ -33,28 +34,21 @@ SPANS = {
 
 def make_model(**settings: Any) -> DapeForCausalLM:
     """A model of two layers whose sizes are no multiples of what the kernels multiply at a time."""
-    config = ModelConfig.model_validate(
-        {
-            "vocab_size": 211,
-            "hidden_size": 72,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "intermediate_size": 200,
-            "train_length": 32,
-            "max_model_len": 512,
-            **(settings or {"position": {"kind": "kerple"}, "dape": {"width": 8}}),
-        }
-    )
-    torch.manual_seed(1)
-    model = DapeForCausalLM(config)
-    initialise(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.requires_grad_(False)
+    sizes = {
+        "vocab_size": 211,
+        "hidden_size": 72,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 200,
+        "train_length": 32,
+        "max_model_len": 512,
+    }
+    return random_model({**sizes, **(settings or DAPE_KERPLE)}, seed=1)
 
 
-def make_decoder(model: DapeForCausalLM, spans: list[tuple[int, int]]) -> tuple[Decoder, RaggedBatch]:
+def make_decoder(
+    model: DapeForCausalLM, spans: list[tuple[int, int]], encodings: list[Encoding] | None = None
+) -> tuple[Decoder, RaggedBatch]:
     """A decoder with caches that hold nothing, and a batch of sequences given as (context, rows)."""
     backend, config = BACKENDS["cpu"], model.config
     tables, used = [], 0
@@ -65,7 +59,7 @@ def make_decoder(model: DapeForCausalLM, spans: list[tuple[int, int]]) -> tuple[
     dtype = model.word_embeddings.weight.dtype
     heads, head_dim = config.num_attention_heads, config.head_dim
     caches = [backend.allocate(used, BLOCK_SIZE, heads, head_dim, dtype, CPU) for _ in model.layers]
-    encodings = [backend.prepare(e.encoding(), LENGTH, CPU) for e in model.encodings]
+    encodings = encodings or [backend.prepare(e.encoding(), LENGTH, CPU) for e in model.encodings]
     decoder = backend.decoder(model.decoder_modules(), caches, encodings, LENGTH)
     assert decoder is not None
     width = max(map(len, tables))
@@ -202,6 +196,17 @@ def test_weights_that_are_bfloat16_numbers_take_half_the_memory() -> None:
     assert narrow[panel, pair, output, lane] == weight[21, 7].bfloat16()
     assert narrow.shape == (4, 8, 16, 2)
     assert not narrow[2, :, 8:].any()
+
+
+def test_tables_live_as_long_as_the_decoder() -> None:
+    model, spans = make_model(), SPANS["a short prompt"]
+    tokens = random_tokens(spans)
+    encodings = [BACKENDS["cpu"].prepare(e.encoding(), LENGTH, CPU) for e in model.encodings]
+    decoder, batch = make_decoder(model, spans, encodings)
+    for encoding in encodings:
+        BACKENDS["cpu"].prepare(encoding, 8 * LENGTH, CPU)  # replaces the tables
+    hidden = decoder.run(model.embed(tokens[0], torch.arange(13)), batch)
+    assert relative_error(hidden, expected(model, spans, tokens)) < 3e-6
 
 
 def test_misfits_are_refused() -> None:

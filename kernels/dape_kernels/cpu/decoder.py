@@ -55,7 +55,7 @@ class CpuDecoder:
         encodings: Sequence[PreparedEncoding],
         length: int,
     ):
-        self._kept: list[object] = [caches, encodings]  # what the structs point to
+        self._kept: list[object] = [caches]  # what the structs point to
         self._length = length
         self._cache = caches[0]
         self._dtype = modules.layers[0].up.weight.dtype
@@ -72,6 +72,7 @@ class CpuDecoder:
             )
             for layer, cache, encoding in zip(modules.layers, caches, encodings, strict=True)
         ]
+        self._kept += [encoding.tensors for encoding in encodings]
         self._layers = (LayerStruct * len(layers))(*layers)
         self._struct = DecoderStruct(
             layers=pointer(self._layers[0]),

@@ -65,6 +65,11 @@ class PreparedEncoding:
             self._tabulate(self._length)
         return self._struct
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the struct of today points to: a longer context replaces the tables."""
+        return list(self._kept.values())
+
     def _keep(self, name: str, values: Tensor) -> int:
         """Return the address of a copy of `values` in float32, aligned to a cache line."""
         self._kept[name] = values.float().contiguous()
