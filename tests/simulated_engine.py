@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dape_engine.cache import BlockPool, extend_block_keys
-from dape_engine.request import SamplingParams
-from dape_engine.scheduler import Chunk, Scheduler, Step
+from dape_engine.request import SamplingParams, TokenLogprob
+from dape_engine.scheduler import Scheduler
 from dape_engine.sequence import Sequence
+from dape_engine.step import Chunk, Step
 
 
 def next_token(prefix: tuple[int, ...]) -> int:
@@ -34,6 +35,7 @@ class SimulatedEngine:
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
         max_num_queued_reqs: int = 100,
+        max_num_queued_tokens: int = 1 << 22,
         max_prefill_pairs: int = 1 << 20,
     ):
         self.pool = BlockPool(num_blocks, block_size)
@@ -45,40 +47,47 @@ class SimulatedEngine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_queued_reqs=max_num_queued_reqs,
+            max_num_queued_tokens=max_num_queued_tokens,
             max_prefill_pairs=max_prefill_pairs,
         )
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.unfinished: list[Sequence] = []
-        self.scored: dict[Sequence, list[int]] = {}
+        self.rows_scored = 0
         self.admitted: list[Sequence] = []
 
-    def generate(self, tokens: list[int], max_tokens: int = 1, priority: int = 0) -> Sequence:
-        return self.add(Sequence("g", list(tokens), SamplingParams(max_tokens=max_tokens), priority=priority))
+    def generate(
+        self, tokens: list[int], max_tokens: int = 1, priority: int = 0, tenant: str = ""
+    ) -> Sequence:
+        sampling = SamplingParams(max_tokens=max_tokens)
+        return self.add(Sequence("g", list(tokens), sampling, priority=priority, tenant=tenant))
 
-    def score(self, tokens: list[int], score_from: int = 1, priority: int = 1) -> Sequence:
-        return self.add(Sequence("s", list(tokens), score_from=score_from, priority=priority))
+    def score(
+        self, tokens: list[int], score_from: int = 1, priority: int = 1, tenant: str = "", top: int = 0
+    ) -> Sequence:
+        return self.add(
+            Sequence("s", list(tokens), None, score_from, priority=priority, tenant=tenant, top_logprobs=top)
+        )
 
     def add(self, sequence: Sequence) -> Sequence:
         self.scheduler.add(sequence)
         self.unfinished.append(sequence)
-        self.scored[sequence] = []
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         self.unfinished.remove(sequence)
 
-    def step(self, during: Callable[[], None] = lambda: None) -> Step:
+    def step(self, during: Callable[[], None] = lambda: None, background_pairs: int | None = None) -> Step:
         """Run one step as the real engine does; `during` happens before the model has run."""
         computed = {sequence: sequence.num_computed for sequence in self.scheduler.running}
         decoding = [sequence for sequence in self.scheduler.running if sequence.is_decoding]
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(background_pairs)
         self.scheduler.check_invariants()
         self.check(step, computed, decoding)
         during()
         for chunk in step.chunks:
             self.compute(chunk)
-        self.scheduler.commit(step)
+        self.scheduler.commit(step.chunks)
         for chunk in step.chunks:
             if chunk.sequence in self.scheduler.running:
                 self.advance(chunk)
@@ -88,12 +97,17 @@ class SimulatedEngine:
     def check(self, step: Step, computed: dict[Sequence, int], decoding: list[Sequence]) -> None:
         """Check what is promised of every single step."""
         running = list(self.scheduler.running)
+        for sequence in step.yielded:
+            if sequence in self.admitted:
+                self.admitted.remove(sequence)
+            assert any(other.tenant == sequence.tenant for other in running), "each keeps one running"
         assert len(running) <= self.max_num_seqs
         self.check_order(running)
         chunks = {chunk.sequence: chunk for chunk in step.chunks}
         assert len(chunks) == len(step.chunks)
         assert sum(chunk.count for chunk in step.chunks) <= self.budget
-        assert all(sequence in chunks or sequence in step.preempted for sequence in decoding)
+        gone = [*step.preempted, *step.yielded]
+        assert all(sequence in chunks or sequence in gone for sequence in decoding)
         if self.unfinished:
             assert step.chunks[0].sequence is running[0], "the first admitted always goes on"
         for chunk in step.chunks:
@@ -116,7 +130,8 @@ class SimulatedEngine:
         assert running + preempted == [sequence for sequence in self.admitted if sequence in self.unfinished]
         for sequence in running:
             keys: list[bytes] = []
-            extend_block_keys(keys, sequence.tokens, self.pool.block_size, len(sequence.block_keys))
+            known = len(sequence.block_keys)
+            extend_block_keys(keys, sequence.tokens, self.pool.block_size, known, sequence.cache_salt)
             assert sequence.block_keys == keys
             assert len(keys) <= len(sequence.tokens) // self.pool.block_size
             assert sequence.num_cached <= sequence.num_computed
@@ -137,9 +152,10 @@ class SimulatedEngine:
         sequence, end = chunk.sequence, chunk.start + chunk.count
         if sequence.score_from is not None:
             first = max(chunk.start, sequence.score_from + sequence.num_scored - 1)
-            new = [row + 1 for row in range(first, min(end, sequence.prompt_length - 1))]
-            self.scored[sequence] += new
-            sequence.num_scored += len(new)
+            for row in range(first, min(end, sequence.prompt_length - 1)):
+                sequence.scored.append(self.scored_token(sequence, row + 1))
+                self.rows_scored += 1
+            self.scheduler.keep_scores(sequence)
         if end < sequence.num_rows:
             return
         if sequence.sampling is not None:
@@ -155,7 +171,15 @@ class SimulatedEngine:
             expected.append(next_token(tuple(expected)))
         assert sequence.tokens == expected
         if sequence.score_from is not None:
-            assert self.scored[sequence] == list(range(sequence.score_from, sequence.prompt_length))
+            places = range(sequence.score_from, sequence.prompt_length)
+            assert sequence.scored == [self.scored_token(sequence, place) for place in places]
+
+    def scored_token(self, sequence: Sequence, place: int) -> TokenLogprob:
+        """Stand for a log-probability: it, too, depends on every token up to its own."""
+        prefix = tuple(sequence.tokens[: place + 1])
+        value = float(sum((place + 1) * token for place, token in enumerate(prefix)) + 100 * place)
+        top = tuple((token, value + token) for token in range(sequence.top_logprobs))
+        return TokenLogprob(sequence.tokens[place], value, top)
 
     def run(self, limit: int = 1000) -> list[Step]:
         """Run until all is done; fail after `limit` steps."""

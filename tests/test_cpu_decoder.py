@@ -209,6 +209,16 @@ def test_tables_live_as_long_as_the_decoder() -> None:
     assert relative_error(hidden, expected(model, spans, tokens)) < 3e-6
 
 
+def test_layers_one_by_one_give_the_same_as_all_at_once() -> None:
+    model, spans = make_model(), SPANS["a short prompt"]
+    x = model.embed(random_tokens(spans)[0], torch.arange(13))
+    decoder, batch = make_decoder(model, spans)
+    whole = decoder.run(x.clone(), batch)
+    for layer in range(len(model.layers)):
+        x = decoder.run(x, batch, range(layer, layer + 1))
+    assert torch.equal(x, whole)
+
+
 def test_misfits_are_refused() -> None:
     model = make_model()
     decoder, batch = make_decoder(model, [(4, 4)])
@@ -217,6 +227,8 @@ def test_misfits_are_refused() -> None:
     long = RaggedBatch([0, 1], [LENGTH + 1], torch.zeros(1, 40, dtype=torch.int32), BLOCK_SIZE)
     with pytest.raises(ValueError, match="321 tokens"):
         decoder.run(torch.zeros(1, 72), long)
+    with pytest.raises(ValueError, match=r"layers 1 to 2 are not among 0 to 1"):
+        decoder.run(torch.zeros(4, 72), batch, range(1, 3))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from dape_engine.errors import (
 )
 from dape_engine.options import EngineOptions
 from dape_engine.request import (
-    GenerationOutput,
     GenerationRequest,
     RequestStats,
     SamplingParams,
@@ -30,46 +29,13 @@ from dape_engine.request import (
     StepStats,
     Window,
 )
+from engines import SMALL, drawn, engine_of, generate, score, tokens
 from models import plain_logprobs, write_model
-
-GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
-SMALL: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 4, "max_num_batched_tokens": 64}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@asynccontextmanager
-async def engine_of(folder: Path, observer: Any = None, **options: Any) -> AsyncIterator[AsyncEngine]:
-    """A started engine that must end with all blocks free and nothing at work."""
-    engine = AsyncEngine(folder, EngineOptions(**{**SMALL, **options}), observer)
-    engine.start()
-    yield engine
-    state = engine.state()
-    await engine.shutdown(0)
-    assert (state.free_blocks, state.running, state.waiting) == (state.total_blocks, 0, 0)
-    engine._scheduler.check_invariants()
-
-
-def tokens(seed: int, length: int) -> tuple[int, ...]:
-    return tuple(random.Random(seed).choices(range(1, 300), k=length))
-
-
-async def generate(
-    engine: AsyncEngine, prompt: tuple[int, ...], sampling: SamplingParams = GREEDY, **more: Any
-):
-    request = GenerationRequest("r", prompt, sampling, **more)
-    return [output async for output in engine.generate(request)]
-
-
-def drawn(outputs: list[GenerationOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-async def score(engine: AsyncEngine, ids: tuple[int, ...], *windows: Window) -> list[tuple[float, ...]]:
-    return [scores.logprobs async for scores in engine.score(ScoreRequest("s", ids, windows))]
 
 
 async def test_greedy_generation_equals_repeated_full_forward_passes(folder: Path) -> None:

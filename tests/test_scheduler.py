@@ -8,6 +8,8 @@ import pytest
 
 from dape_engine.cache import CacheInvariantError, NoFreeBlocksError
 from dape_engine.errors import ContextLengthError, QueueFullError, RequestError, SettingsError
+from dape_engine.fairness import MAX_IDLE_TENANTS, FairShares
+from dape_engine.request import SamplingParams
 from dape_engine.sequence import Sequence
 from simulated_engine import SimulatedEngine, counts, text
 
@@ -23,7 +25,7 @@ def test_the_last_token_of_a_scored_text_is_never_read() -> None:
     engine = SimulatedEngine(20)
     request = engine.score(text(17), score_from=5)
     assert [counts(step, request)[0] for step in engine.run()] == [16]
-    assert engine.scored[request] == list(range(5, 17))
+    assert [entry.token_id for entry in request.scored] == text(17)[5:]
 
 
 def test_decoding_sequences_come_first_and_never_wait_for_a_long_prompt() -> None:
@@ -325,3 +327,201 @@ def test_the_checker_names_a_sequence_whose_blocks_are_wrong() -> None:
     waiter.num_computed = 1
     with pytest.raises(CacheInvariantError, match="waits but holds"):
         engine.scheduler.check_invariants()
+
+
+class TestTenants:
+    def test_a_newcomer_is_admitted_before_the_rest_of_a_crowd(self) -> None:
+        engine = SimulatedEngine(200, max_num_seqs=2)
+        crowd = [engine.generate(text(8, seed), max_tokens=4, tenant="greedy") for seed in range(6)]
+        engine.step()
+        engine.step()
+        chat = engine.generate(text(8, 9), max_tokens=4, tenant="chat")
+        assert chat in [chunk.sequence for chunk in engine.step().chunks]
+        engine.run()
+        assert all(sequence.num_generated == 4 for sequence in [*crowd, chat])
+
+    def test_the_latest_of_the_greediest_makes_way_and_keeps_its_prefix(self) -> None:
+        engine = SimulatedEngine(200, max_num_seqs=3)
+        crowd = [engine.generate(text(8, seed), max_tokens=30, tenant="greedy") for seed in range(4)]
+        for _ in range(4):
+            engine.step()
+        chat = engine.generate(text(8, 9), max_tokens=2, tenant="chat")
+        assert engine.step().yielded == [crowd[2]]
+        assert engine.scheduler.waiting == [crowd[2], crowd[3]]
+        engine.step()
+        assert chat not in engine.unfinished
+        engine.step()
+        assert crowd[2].num_cached >= 8
+        engine.run()
+
+    def test_nobody_makes_way_for_a_tenant_that_runs_already_or_for_background_work(self) -> None:
+        engine = SimulatedEngine(200, max_num_seqs=3)
+        for seed, tenant in enumerate(["greedy", "greedy", "chat"]):
+            engine.generate(text(8, seed), max_tokens=30, tenant=tenant)
+        engine.step()
+        engine.step()
+        engine.generate(text(8, 7), tenant="chat")
+        engine.score(text(8, 8), tenant="scorer")
+        assert engine.step().yielded == []
+
+    def test_tenants_get_the_same_rows_however_many_requests_they_have(self) -> None:
+        engine = SimulatedEngine(2000, max_num_seqs=16)
+        crowd = [engine.score(text(60, seed), tenant="greedy") for seed in range(100, 112)]
+        other = [engine.score(text(60, seed), tenant="modest") for seed in range(2)]
+        rows = dict.fromkeys(["greedy", "modest"], 0)
+        while any(sequence in engine.unfinished for sequence in other):
+            for chunk in engine.step().chunks:
+                rows[chunk.sequence.tenant] += chunk.count
+        assert any(sequence in engine.unfinished for sequence in crowd)
+        # The crowd was there first and keeps the share of the first admitted.
+        assert rows["greedy"] <= 2 * rows["modest"]
+
+    def test_priority_ranks_the_requests_of_one_tenant_and_not_the_tenants(self) -> None:
+        engine = SimulatedEngine(200, max_num_seqs=1)
+        engine.generate(text(4, 1), max_tokens=3, tenant="a")
+        engine.step()
+        late = engine.generate(text(4, 2), tenant="a", priority=0)
+        early = engine.generate(text(4, 3), tenant="a", priority=-9)
+        other = engine.generate(text(4, 4), tenant="b")
+        order = [chunk.sequence for step in engine.run() for chunk in step.chunks if chunk.start == 0]
+        assert order == [other, early, late]
+
+    def test_a_full_queue_still_hears_a_tenant_of_whom_nothing_waits(self) -> None:
+        engine = SimulatedEngine(200, max_num_seqs=1, max_num_queued_reqs=8)
+        for seed in range(8):
+            engine.generate(text(8, seed), tenant="greedy")
+        with pytest.raises(QueueFullError):
+            engine.generate(text(8, 20), tenant="greedy")
+        for tenant in ("b", "c"):
+            engine.generate(text(8, 21), tenant=tenant)
+        for tenant in ("b", "d"):
+            with pytest.raises(QueueFullError):
+                engine.generate(text(8, 22), tenant=tenant)
+
+    def test_a_tenant_that_was_away_is_not_paid_for_it(self) -> None:
+        shares = FairShares()
+        shares.join("a", [])
+        shares.charge("a", 100.0)
+        shares.charge("a", 1.0)
+        shares.join("b", ["a"])
+        assert shares.received("b") == 100.0
+        shares.join("c", [])
+        assert shares.received("c") == 0.0
+
+    def test_accounts_of_passing_tenants_do_not_pile_up(self) -> None:
+        shares = FairShares()
+        shares.join("a", [])
+        for number in range(3 * MAX_IDLE_TENANTS):
+            shares.join(f"t{number}", ["a"])
+            shares.charge(f"t{number}", 1.0)
+        assert len(shares._received) <= MAX_IDLE_TENANTS + 3
+
+
+def test_tokens_that_wait_are_bounded_like_requests() -> None:
+    engine = SimulatedEngine(200, max_num_queued_tokens=30)
+    engine.generate(text(16), max_tokens=5)
+    assert engine.scheduler.waiting_tokens == 20
+    with pytest.raises(QueueFullError, match=r"20 tokens wait.*adds 11.*max_num_queued_tokens.* is 30"):
+        engine.generate(text(11))
+    engine.generate(text(10))
+    engine.step()
+    assert engine.scheduler.waiting_tokens == 0
+
+
+def test_one_request_above_the_bound_on_waiting_tokens_is_still_served() -> None:
+    engine = SimulatedEngine(200, max_num_queued_tokens=30)
+    engine.generate(text(100))
+    engine.run()
+
+
+def test_background_work_has_its_own_bound() -> None:
+    engine = SimulatedEngine(500, max_num_batched_tokens=64)
+    engine.generate(text(2), max_tokens=200)
+    engine.step()
+    long = engine.score(text(400, 1))
+    assert counts(engine.step(), long) == [63]
+    assert counts(engine.step(background_pairs=640), long) == [9]
+    assert counts(engine.step(background_pairs=1), long) == [4], "one block"
+    assert counts(engine.step(), long) == [63]
+
+
+class TestScoresKeptWithBlocks:
+    def test_a_text_scored_again_computes_its_last_block_only(self) -> None:
+        engine = SimulatedEngine(100)
+        engine.score(text(40))
+        engine.run()
+        again = engine.score(text(40))
+        engine.run()
+        assert engine.rows_scored == 39 + 4
+        assert again.num_cached == 32
+
+    def test_answers_after_one_context_score_it_once(self) -> None:
+        engine = SimulatedEngine(100)
+        for answer in range(4):
+            engine.score([*text(33), answer, answer, 5])
+            engine.run()
+        # The context's blocks hold 32 tokens; its last token is scored with each answer.
+        assert engine.rows_scored == 35 + 3 * 4
+
+    def test_generation_leaves_no_scores_and_scoring_does_not_need_them(self) -> None:
+        engine = SimulatedEngine(100)
+        engine.generate(text(40))
+        engine.run()
+        scored = engine.score(text(40))
+        engine.run()
+        assert engine.rows_scored == 39
+        assert scored.num_cached == 0
+
+    def test_alternatives_are_computed_where_fewer_are_kept(self) -> None:
+        engine = SimulatedEngine(100)
+        for top, rows in ((1, 39), (0, 4), (1, 4), (2, 39), (1, 4)):
+            before = engine.rows_scored
+            engine.score(text(40), top=top)
+            engine.run()
+            assert engine.rows_scored - before == rows
+
+    def test_scores_leave_with_their_blocks(self) -> None:
+        engine = SimulatedEngine(12)
+        engine.score(text(40))
+        engine.run()
+        engine.generate(text(48, 1))
+        engine.run()
+        engine.score(text(40))
+        engine.run()
+        assert engine.rows_scored == 2 * 39
+
+    def test_a_later_start_keeps_what_it_has(self) -> None:
+        engine = SimulatedEngine(100)
+        engine.score(text(40), score_from=18)
+        engine.run()
+        engine.score(text(40), score_from=10)
+        engine.run()
+        # Tokens 20 to 35 are known from the first pass, but for those of the chunk that comes upon them.
+        second = engine.rows_scored - 22
+        assert 10 + 4 <= second < 30
+        engine.score(text(40), score_from=12)
+        engine.run()
+        assert engine.rows_scored == 22 + second + 4
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    engine = SimulatedEngine(100)
+    hits = []
+    for salt in ("", "a", "a", "b", ""):
+        sequence = Sequence("g", text(20), SamplingParams(max_tokens=1), cache_salt=salt)
+        engine.add(sequence)
+        engine.run()
+        hits.append(sequence.num_cached)
+    assert hits == [0, 0, 16, 0, 16]
+
+
+def test_what_a_failed_sequence_left_in_the_cache_is_not_found_again() -> None:
+    engine = SimulatedEngine(100)
+    failing = engine.generate(text(40))
+    engine.step()
+    engine.scheduler.discard(failing)
+    engine.unfinished.remove(failing)
+    engine.scheduler.check_invariants()
+    again = engine.generate(text(40))
+    engine.run()
+    assert again.num_cached == 0

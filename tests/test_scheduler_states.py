@@ -70,29 +70,46 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(0, 16),
         score_from=st.none() | st.integers(1, 13),
         priority=st.integers(0, 1),
+        top=st.integers(0, 1),
+        tenant=st.sampled_from("abc"),
         copies=st.integers(1, 4),
     )
     def arrive(
-        self, tokens: list[int], max_tokens: int, score_from: int | None, priority: int, copies: int
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        score_from: int | None,
+        priority: int,
+        top: int,
+        tenant: str,
+        copies: int,
     ) -> None:
         """Generation where max_tokens is not 0, scoring where score_from is inside the text, or both."""
         sampling = SamplingParams(max_tokens=max_tokens) if max_tokens else None
         if score_from is not None and score_from >= len(tokens):
             score_from = None
-        full = len(self.engine.scheduler.waiting)
-        for copy in range(copies):
-            sequence = Sequence("r", list(tokens), sampling, score_from, priority)
+        for _ in range(copies):
+            waiting = self.engine.scheduler.waiting
+            # Of the reserve of 2 only those may take of whom none waits to be admitted.
+            heard = any(other.tenant == tenant for other in waiting if other not in self.preempted)
+            limit = 8 if heard or not waiting else 10
+            sequence = Sequence("r", list(tokens), sampling, score_from, priority, top, tenant)
             fits = self.engine.pool.blocks_for(sequence.max_rows) <= self.engine.pool.num_blocks
-            if full + copy < 8 and sequence.num_rows and fits:
+            if len(waiting) < limit and sequence.num_rows and fits:
                 self.engine.add(sequence)
             else:
                 with pytest.raises((QueueFullError, RequestError)):
                     self.engine.scheduler.add(sequence)
 
-    @rule(steps=st.integers(1, 3))
-    def step(self, steps: int) -> None:
+    @property
+    def preempted(self) -> list[Sequence]:
+        """Those that wait but have been admitted."""
+        return [sequence for sequence in self.engine.scheduler.waiting if sequence in self.engine.admitted]
+
+    @rule(steps=st.integers(1, 3), background_pairs=st.sampled_from([None, 5]))
+    def step(self, steps: int, background_pairs: int | None) -> None:
         for _ in range(steps):
-            self.engine.step()
+            self.engine.step(background_pairs=background_pairs)
 
     @precondition(lambda self: self.engine.unfinished)
     @rule(data=st.data())
@@ -119,7 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every request ends, within steps in proportion to the rows there are, and all blocks return."""
         if hasattr(self, "engine"):
             rows = sum(sequence.max_rows for sequence in self.engine.unfinished)
-            self.engine.run(limit=2 * rows + 1)
+            self.engine.run(limit=3 * rows + 1)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

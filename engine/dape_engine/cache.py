@@ -12,6 +12,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
+from dape_engine.block_scores import BlockScores
+
 
 class NoFreeBlocksError(RuntimeError):
     """All blocks are held."""
@@ -21,15 +23,18 @@ class CacheInvariantError(RuntimeError):
     """The books of the cache contradict themselves or those who hold its blocks."""
 
 
-def extend_block_keys(keys: list[bytes], tokens: Sequence[int], block_size: int, count: int) -> None:
+def extend_block_keys(
+    keys: list[bytes], tokens: Sequence[int], block_size: int, count: int, salt: str = ""
+) -> None:
     """Append to the keys of the first blocks of `tokens` until there are `count`.
 
-    A key is a SHA-256 over the key of the block before and the block's own tokens, so that equal keys
-    mean equal tokens from the first one on. Known keys are not computed again.
+    A key is a SHA-256 over the key of the block before, or the salt, and the block's own tokens, so that
+    equal keys mean equal salts and equal tokens from the first one on. Known keys are not computed again.
     """
     for index in range(len(keys), count):
         own = array("q", tokens[index * block_size : (index + 1) * block_size])
-        keys.append(sha256((keys[-1] if keys else b"") + own.tobytes()).digest())
+        before = keys[-1] if keys else sha256(salt.encode()).digest()
+        keys.append(sha256(before + own.tobytes()).digest())
 
 
 class BlockPool:
@@ -41,6 +46,7 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._index: dict[bytes, int] = {}
+        self._scores: dict[int, BlockScores] = {}
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._reusable: OrderedDict[int, bytes] = OrderedDict()
 
@@ -70,6 +76,7 @@ class BlockPool:
             block, key = self._reusable.popitem(last=False)
             del self._index[key]
             self._keys[block] = None
+            self._scores.pop(block, None)
         else:
             raise NoFreeBlocksError(f"all {self.num_blocks} cache blocks are held")
         self._references[block] = 1
@@ -121,6 +128,29 @@ class BlockPool:
             self._index[key] = block
             self._keys[block] = key
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Make blocks unfindable whose content is in doubt, except those that others read as well."""
+        for block in blocks:
+            key = self._keys[block]
+            if key is not None and self._references[block] == 1:
+                del self._index[key]
+                self._keys[block] = None
+                self._scores.pop(block, None)
+
+    def keep_scores(self, key: bytes, scores: BlockScores) -> None:
+        """Keep log-probabilities for as long as the block of a key is findable, the widest ones given."""
+        block = self._index.get(key)
+        if block is None:
+            return
+        known = self._scores.get(block)
+        if known is None or known.top < scores.top:
+            self._scores[block] = scores
+
+    def scores(self, key: bytes) -> BlockScores | None:
+        """Return what is kept with the block of a key."""
+        block = self._index.get(key)
+        return None if block is None else self._scores.get(block)
+
     def check_invariants(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the books with each other and with the block tables of all that hold blocks.
 
@@ -138,6 +168,7 @@ class BlockPool:
                 (reusable != (free and known), "the list of reusable blocks is wrong"),
                 (references > 1 and not known, "a block that may still be written is shared"),
                 (key is not None and self._index.get(key) != block, "the index does not lead to the block"),
+                (key is None and block in self._scores, "log-probabilities are kept with an unknown content"),
             )
             for wrong, complaint in complaints:
                 if wrong:

@@ -1,46 +1,43 @@
-"""The engine as its users see it: asynchronous generation and scoring over one thread of steps.
-
-Requests enter and leave under one lock that is held only while the scheduler decides, never while the
-model runs, so submitting, refusing and aborting never wait for a step.
-"""
+"""The engine as its users see it: asynchronous generation, scoring and inspection of one model."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 
 from dape_engine.cache import BlockPool
 from dape_engine.errors import (
     ContextLengthError,
-    DapeError,
     EngineStoppedError,
     RequestError,
     SettingsError,
-    StepError,
+)
+from dape_engine.inspection import (
+    Inspection,
+    InspectionJob,
+    InspectionRequest,
+    LayerWeights,
+    check_inspection,
 )
 from dape_engine.jobs import GenerationJob, Job, ScoreJob
+from dape_engine.loop import Observer, StepLoop
 from dape_engine.options import EngineOptions
 from dape_engine.request import (
     EngineState,
     GenerationOutput,
     GenerationRequest,
-    RequestStats,
     ScoreRequest,
-    StepStats,
     WindowScores,
 )
-from dape_engine.runner import ChunkResult, ModelRunner
-from dape_engine.sampling import SamplerState
-from dape_engine.scheduler import Scheduler, Step
-from dape_engine.sequence import Sequence
+from dape_engine.runner import ModelRunner
+from dape_engine.scheduler import Scheduler
 from dape_engine.tokenizer import TextTokenizer
 from dape_engine.weights import load_config, load_model
 
@@ -49,18 +46,8 @@ STOP_SECONDS = 30
 """Longest wait for the step under way when the engine stops."""
 
 
-class Observer(Protocol):
-    """Receives facts for metrics, from the engine's thread."""
-
-    def on_step(self, stats: StepStats) -> None:
-        """Called after every step."""
-
-    def on_finished(self, stats: RequestStats) -> None:
-        """Called when a request has finished or was aborted."""
-
-
-class AsyncEngine:
-    """One model, one cache, one scheduler, one thread of steps.
+class AsyncEngine(StepLoop):
+    """One model, one cache, one scheduler, and the thread of steps behind an asynchronous face.
 
     Raises:
         ModelFolderError: the model folder is missing, damaged or inconsistent.
@@ -81,28 +68,21 @@ class AsyncEngine:
             raise SettingsError(
                 f"max_model_len: {self.max_model_len} is above the model's {self.config.max_model_len}"
             )
-        self._runner = ModelRunner(model, options, self.max_model_len)
-        self.backend_name = self._runner.backend.name
-        self.num_blocks = self._runner.num_blocks
+        runner = ModelRunner(model, options, self.max_model_len)
+        self._layers = LayerWeights(folder, runner)
+        self.backend_name = runner.backend.name
+        self.num_blocks = runner.num_blocks
         self.block_size = options.block_size
         self.max_model_len = min(self.max_model_len, self.num_blocks * self.block_size)
         self._pool = BlockPool(self.num_blocks, self.block_size)
-        self._scheduler = Scheduler(
+        scheduler = Scheduler(
             self._pool,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_num_queued_reqs=options.max_num_queued_reqs,
+            max_num_queued_tokens=options.max_num_queued_tokens,
         )
-        self._observer = observer
-        self._jobs: dict[Sequence, Job] = {}
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
-        self._draining = False
-        self._stopping = False
-        self._failure: str | None = None
-        self._steps = 0
-        self._progress = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="dape-engine", daemon=True)
+        super().__init__(scheduler, runner, observer)
 
     def start(self) -> None:
         """Start the thread of steps."""
@@ -129,13 +109,14 @@ class AsyncEngine:
             return EngineState(
                 running=len(self._scheduler.running),
                 waiting=len(self._scheduler.waiting),
+                waiting_tokens=self._scheduler.waiting_tokens,
                 free_blocks=self._pool.num_free,
                 total_blocks=self.num_blocks,
                 cached_blocks=self._pool.num_cached,
                 steps=self._steps,
                 seconds_since_progress=time.monotonic() - self._progress if self._jobs else 0.0,
                 stopped=self._draining or not self._thread.is_alive(),
-                failure=self._failure,
+                failure=self._trouble,
             )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
@@ -144,7 +125,7 @@ class AsyncEngine:
         Raises:
             RequestError: the prompt is empty or holds an unknown token id.
             ContextLengthError: prompt and max_tokens are longer than the engine allows.
-            QueueFullError, EngineStoppedError, StepError: see `dape_engine.errors`.
+            QueueFullError, DeadlineError, EngineStoppedError, StepError: see `dape_engine.errors`.
         """
         self._check_tokens(request.prompt)
         total = len(request.prompt) + request.sampling.max_tokens
@@ -178,6 +159,27 @@ class AsyncEngine:
             async for item in items:
                 yield cast("WindowScores", item)
 
+    async def inspect(self, request: InspectionRequest) -> Inspection:
+        """Return what one query of a text sees of its keys; cancelling aborts the request.
+
+        Raises:
+            RequestError: as `generate`, or there is no such query, layer or head.
+            ContextLengthError: the query is beyond the engine's length.
+            ModelFolderError: the weights have to be read again and cannot be.
+            QueueFullError, DeadlineError, EngineStoppedError, StepError: see `dape_engine.errors`.
+        """
+        self._check_tokens(request.token_ids)
+        check_inspection(request, self.config.num_hidden_layers, self.config.num_attention_heads)
+        if request.query >= self.max_model_len:
+            raise ContextLengthError(
+                f"query: {request.query + 1} tokens are above the limit of {self.max_model_len}",
+                param="query",
+            )
+        # Files are read before anything waits for them, and not by the thread of steps.
+        job = InspectionJob(request, await asyncio.to_thread(self._layers.get))
+        async with aclosing(self._drive(job)) as items:
+            return cast("Inspection", await anext(items))
+
     def _check_tokens(self, token_ids: tuple[int, ...]) -> None:
         if not token_ids:
             raise RequestError("the input is empty; at least 1 token is needed", param="prompt")
@@ -196,126 +198,6 @@ class AsyncEngine:
                 yield item
         finally:
             self._abort(job)
-
-    def _submit(self, job: Job) -> None:
-        with self._lock:
-            if not self._jobs:
-                self._progress = time.monotonic()
-            if self._draining or not self._thread.is_alive():
-                raise EngineStoppedError(self._failure or "the server is shutting down")
-            for place, sequence in enumerate(job.next_sequences()):
-                self._scheduler.add(sequence, accepted=place > 0)
-                self._jobs[sequence] = job
-            self._work.notify()
-
-    def _abort(self, job: Job) -> None:
-        """End a job whose client has left; nothing happens if it has finished."""
-        with self._lock:
-            if job.finish_reason is None:
-                self._fail([job], None)
-
-    def _fail(self, jobs: Iterable[Job], error: DapeError | None) -> None:
-        """End jobs before their time, giving back all they hold; the lock is held."""
-        for job in jobs:
-            for sequence in job.sequences:
-                if self._jobs.pop(sequence, None) is not None:
-                    self._scheduler.finish(sequence)
-            job.finish("abort", error)
-            job.mailbox.flush()
-            self._report(job)
-
-    def _report(self, job: Job) -> None:
-        job.mark(finished=time.monotonic())
-        if self._observer is not None:
-            self._observer.on_finished(job.stats())
-
-    def _run(self) -> None:
-        """Run steps until the engine stops: the body of the engine's thread."""
-        try:
-            while self._step():
-                pass
-        except BaseException as error:
-            # Only a defect leads here: say so in the state and answer everyone who waits.
-            self._failure = f"the engine has failed: {type(error).__name__}"
-            logger.exception("the engine has failed")
-            with self._lock:
-                self._fail(set(self._jobs.values()), EngineStoppedError(self._failure))
-
-    def _step(self) -> bool:
-        """Wait for work and do one step of it; return False when the engine is to stop."""
-        with self._lock:
-            self._work.wait_for(lambda: self._jobs or self._stopping)
-            if self._stopping:
-                return False
-            started = time.monotonic()
-            step = self._scheduler.schedule()
-            states = self._begin(step, started)
-        try:
-            results = self._runner.run(step.chunks, states)
-        except Exception as error:
-            logger.exception("a step has failed")
-            with self._lock:
-                jobs = {self._jobs[c.sequence] for c in step.chunks if c.sequence in self._jobs}
-                self._fail(jobs, StepError(f"the model failed on this request: {type(error).__name__}"))
-            return True
-        with self._lock:
-            gaps = self._apply(step, results, time.monotonic())
-        self._steps += 1
-        self._progress = time.monotonic()
-        if self._observer is not None:
-            self._observer.on_step(_step_stats(step, results, gaps, self._progress - started))
-        return True
-
-    def _begin(self, step: Step, now: float) -> dict[Sequence, SamplerState]:
-        """Note which requests begin, and return the sampler states of those that generate."""
-        states = {}
-        for chunk in step.chunks:
-            job = self._jobs[chunk.sequence]
-            job.begin(chunk.sequence, now)
-            if isinstance(job, GenerationJob):
-                states[chunk.sequence] = job.state
-        return states
-
-    def _apply(self, step: Step, results: list[ChunkResult], now: float) -> list[float]:
-        """Commit a step and let every job take its results; return the times between tokens."""
-        self._scheduler.commit(step)
-        gaps = []
-        touched: dict[Job, None] = {}
-        for chunk, result in zip(step.chunks, results, strict=True):
-            job = self._jobs.get(chunk.sequence)
-            if job is None:
-                continue  # aborted while the model ran
-            touched[job] = None
-            if result.sampled is not None and (gap := job.token_gap(now)) is not None:
-                gaps.append(gap)
-            if job.advance(chunk.sequence, result):
-                self._scheduler.finish(chunk.sequence)
-                del self._jobs[chunk.sequence]
-                job.num_preemptions += chunk.sequence.num_preemptions
-                for sequence in job.next_sequences():
-                    self._scheduler.add(sequence, accepted=True)
-                    self._jobs[sequence] = job
-        for job in touched:
-            job.mailbox.flush()
-            if job.finish_reason is not None:
-                self._report(job)
-        return gaps
-
-
-def _step_stats(step: Step, results: list[ChunkResult], gaps: list[float], seconds: float) -> StepStats:
-    rows = sum(chunk.count for chunk in step.chunks)
-    generated = sum(result.sampled is not None for result in results)
-    return StepStats(
-        seconds=seconds,
-        num_tokens=rows,
-        num_prefill_tokens=sum(c.count for c in step.chunks if c.start < c.sequence.prompt_length),
-        num_generated_tokens=generated,
-        num_scored_tokens=sum(len(result.scored) for result in results),
-        num_preempted=len(step.preempted),
-        prefix_queries=step.prefix_queries,
-        prefix_hits=step.prefix_hits,
-        inter_token_seconds=tuple(gaps),
-    )
 
 
 def _device(options: EngineOptions) -> torch.device:

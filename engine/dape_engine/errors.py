@@ -5,7 +5,8 @@ DapeError
 ├── SettingsError         a flag or setting is wrong                           (exit code 2)
 ├── RequestError          the request itself is wrong                          400
 │   └── ContextLengthError    prompt and max_tokens do not fit                 400
-├── QueueFullError        too many requests wait                               429
+├── QueueFullError        too many requests or tokens wait                     429
+├── DeadlineError         the request's own time limit has passed              504
 ├── EngineStoppedError    the engine is stopping or has stopped                503
 └── StepError             a step of the model failed                           500
 """
@@ -55,15 +56,23 @@ class ContextLengthError(RequestError):
 
 
 class QueueFullError(DapeError):
-    """Too many requests wait; try again after `retry_after` seconds."""
+    """Too many requests or tokens wait; try again after `retry_after` seconds."""
 
     status = 429
     code = "queue_full"
     kind = "rate_limit_error"
 
-    def __init__(self, message: str, *, retry_after: int):
+    def __init__(self, message: str, *, retry_after: int = 1):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineError(DapeError):
+    """A request without partial results has reached its time limit."""
+
+    status = 504
+    code = "deadline_exceeded"
+    kind = "timeout_error"
 
 
 class EngineStoppedError(DapeError):

@@ -9,16 +9,21 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Literal
 
 from dape_engine.detokenizer import OutputText
+from dape_engine.errors import DeadlineError
 from dape_engine.request import (
+    TIMED_OUT,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
+    PromptProgress,
     RequestStats,
     RequestTimes,
+    Scheduling,
     ScoreRequest,
     TokenLogprob,
     Window,
@@ -32,8 +37,6 @@ from dape_engine.tokenizer import TextTokenizer
 # Windows of one scoring request that run side by side: enough to fill a batch with short ones, few
 # enough not to push other requests out of it.
 WINDOWS_IN_FLIGHT = 4
-GENERATION_PRIORITY = 0
-SCORING_PRIORITY = 1
 
 
 class Mailbox:
@@ -70,10 +73,12 @@ class Mailbox:
 class Job(ABC):
     """One request in the engine."""
 
-    kind: Literal["generate", "score"]
+    kind: Literal["generate", "score", "inspect"]
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, scheduling: Scheduling) -> None:
         self.request_id = request_id
+        self.context = copy_context()
+        self.scheduling = scheduling
         self.mailbox = Mailbox()
         self.sequences: list[Sequence] = []
         self.times = RequestTimes(queued=time.monotonic())
@@ -90,6 +95,10 @@ class Job(ABC):
     @abstractmethod
     def advance(self, sequence: Sequence, result: ChunkResult) -> bool:
         """Take the result of one chunk and return whether its sequence is done."""
+
+    @abstractmethod
+    def expire(self) -> None:
+        """End the request at its deadline."""
 
     @abstractmethod
     def stats(self) -> RequestStats:
@@ -113,10 +122,6 @@ class Job(ABC):
         """End the request."""
         self.finish_reason = reason
         self.mailbox.close(error)
-
-    def _count(self, sequence: Sequence, result: ChunkResult) -> None:
-        sequence.num_scored += len(result.scored)
-        self.num_scored += len(result.scored)
 
     def mark(self, **times: float) -> None:
         """Record clock readings."""
@@ -142,7 +147,7 @@ class GenerationJob(Job):
     kind = "generate"
 
     def __init__(self, request: GenerationRequest, tokenizer: TextTokenizer, vocab_size: int) -> None:
-        super().__init__(request.request_id)
+        super().__init__(request.request_id, request.scheduling)
         self.request = request
         sampling = request.sampling
         self.sequence = Sequence(
@@ -152,11 +157,15 @@ class GenerationJob(Job):
             sampling=sampling if sampling.max_tokens > 0 else None,
             score_from=None if request.prompt_logprobs is None else 1,
             top_logprobs=request.prompt_logprobs or 0,
-            priority=GENERATION_PRIORITY,
+            priority=request.scheduling.priority,
+            tenant=request.scheduling.tenant,
+            cache_salt=request.scheduling.cache_salt,
         )
-        self.state = SamplerState(sampling, request.prompt, tokenizer.eos_token_id, vocab_size)
+        self.state = SamplerState(
+            sampling, request.prompt, tokenizer.eos_token_id, vocab_size, request.constraint
+        )
         self.text = OutputText(tokenizer, sampling)
-        self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self._begun = False
 
     def next_sequences(self) -> list[Sequence]:
         if self.sequences:
@@ -165,8 +174,9 @@ class GenerationJob(Job):
         return [self.sequence]
 
     def advance(self, sequence: Sequence, result: ChunkResult) -> bool:
-        self.prompt_logprobs += result.scored
-        self._count(sequence, result)
+        self.num_scored = sequence.num_scored
+        if self.request.report_progress and sequence.num_generated == 0:
+            self.mailbox.put(GenerationOutput("", (), progress=self._progress()))
         if sequence.sampling is None and sequence.num_remaining == 0:
             self._emit(GenerationOutput("", (), finish_reason="length"))
             self.finish("length")
@@ -179,9 +189,16 @@ class GenerationJob(Job):
         sampling = self.request.sampling
         self.sequence.tokens.append(sampled.token_id)
         self.state.append(sampled.token_id)
+        constraint = self.request.constraint
+        if constraint is not None and constraint.error is not None:
+            self.finish("abort", constraint.error)
+            return
         piece = self.text.push(sampled.token_id)
         reason: FinishReason | None = piece.finish_reason
         text = piece.text
+        if reason is None and constraint is not None and constraint.is_complete:
+            reason = "stop"
+            text += self.text.flush()
         if reason is None and self.sequence.num_generated >= sampling.max_tokens:
             reason = "length"
             text += self.text.flush()
@@ -198,14 +215,31 @@ class GenerationJob(Job):
         if reason is not None:
             self.finish(reason)
 
+    def expire(self) -> None:
+        if self.request.prompt_logprobs is not None and not self._begun:
+            # There is no half an echo.
+            self.finish("abort", deadline_error())
+            return
+        self._emit(GenerationOutput(self.text.flush(), (), finish_reason="length", stop_reason=TIMED_OUT))
+        self.finish("length")
+
+    def _progress(self) -> PromptProgress:
+        return PromptProgress(
+            total=self.sequence.prompt_length,
+            cached=self.num_cached,
+            processed=min(self.sequence.num_computed, self.sequence.prompt_length),
+            seconds=time.monotonic() - self.times.queued,
+        )
+
     def _emit(self, output: GenerationOutput) -> None:
-        if self.sequence.num_generated <= 1:
+        if not self._begun:
             wanted = self.request.prompt_logprobs is not None
             output = replace(
                 output,
-                prompt_logprobs=tuple(self.prompt_logprobs) if wanted else None,
+                prompt_logprobs=(None, *self.sequence.scored) if wanted else None,
                 num_cached_tokens=self.num_cached,
             )
+            self._begun = True
         self.mailbox.put(output)
 
     def stats(self) -> RequestStats:
@@ -220,10 +254,10 @@ class ScoreJob(Job):
     kind = "score"
 
     def __init__(self, request: ScoreRequest) -> None:
-        super().__init__(request.request_id)
+        super().__init__(request.request_id, request.scheduling)
         self.request = request
         self._waiting = deque(enumerate(request.windows))
-        self._running: dict[Sequence, tuple[int, Window, list[TokenLogprob]]] = {}
+        self._running: dict[Sequence, tuple[int, Window]] = {}
         self._done: dict[int, WindowScores] = {}
         self._next = 0
 
@@ -236,24 +270,26 @@ class ScoreJob(Job):
                 list(self.request.token_ids[window.start : window.end]),
                 score_from=window.score_from - window.start,
                 top_logprobs=self.request.top_logprobs,
-                priority=SCORING_PRIORITY,
+                priority=self.scheduling.priority,
+                tenant=self.scheduling.tenant,
+                cache_salt=self.scheduling.cache_salt,
             )
-            self._running[sequence] = (index, window, [])
+            self._running[sequence] = (index, window)
             added.append(sequence)
         self.sequences = list(self._running)
         return added
 
-    def advance(self, sequence: Sequence, result: ChunkResult) -> bool:
-        index, window, scored = self._running[sequence]
-        scored += result.scored
-        self._count(sequence, result)
+    def advance(self, sequence: Sequence, result: ChunkResult) -> bool:  # noqa: ARG002 (see `scored`)
         if sequence.num_remaining > 0:
             return False
-        del self._running[sequence]
+        index, window = self._running.pop(sequence)
+        self.num_scored += sequence.num_scored
         self._done[index] = WindowScores(
             window,
-            tuple(token.logprob for token in scored),
-            tuple(token.top for token in scored) if self.request.top_logprobs else (),
+            tuple(token.logprob for token in sequence.scored),
+            tuple(token.top for token in sequence.scored) if self.request.top_logprobs else (),
+            # What it finds again after a preemption may be its own work.
+            num_cached_tokens=0 if sequence.num_preemptions else sequence.num_cached,
         )
         while self._next in self._done:
             self.mailbox.put(self._done.pop(self._next))
@@ -262,5 +298,13 @@ class ScoreJob(Job):
             self.finish("stop")
         return True
 
+    def expire(self) -> None:
+        self.finish("abort", deadline_error())
+
     def stats(self) -> RequestStats:
         return self._request_stats(len(self.request.token_ids), 0, 0)
+
+
+def deadline_error() -> DeadlineError:
+    """Return the error of a request that has nothing to show at its deadline."""
+    return DeadlineError("timeout: the request's time limit has passed before its answer was complete")

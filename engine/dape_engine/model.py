@@ -138,9 +138,13 @@ class DapeForCausalLM(nn.Module):
             [..., tokens, h].
         """
         x = self.embed(token_ids, positions)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, positions, self.rotary, index, attend)
-        hidden: Tensor = self.norm(x)
+        return self.run_layers(x, positions, attend, range(len(self.layers)))
+
+    def run_layers(self, x: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
+        """Return what consecutive layers make of x [..., tokens, h], normed if the last one is among them."""
+        for index in layers:
+            x = self.layers[index](x, positions, self.rotary, index, attend)
+        hidden: Tensor = self.norm(x) if layers.stop == len(self.layers) else x
         return hidden
 
 

@@ -31,7 +31,9 @@ class EngineOptions(BaseModel):
     max_num_batched_tokens: Positive = 1024
     """Tokens of one step over all sequences."""
     max_num_queued_reqs: Positive = 256
-    """Requests that may wait; further ones are refused."""
+    """Requests that may wait; further ones are refused. A quarter more for tenants of whom none waits."""
+    max_num_queued_tokens: Positive = 1 << 22
+    """Tokens, completions included, of the requests that may wait; beyond it as above."""
     kv_cache_memory: Annotated[ByteSize, Field(gt=0)] = ByteSize(1 << 30)
     """Size of the KV cache over all layers, e.g. 4GiB."""
     block_size: Positive = 16

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from dape_engine.grammar import Constraint
 
 FinishReason = Literal["stop", "length", "abort"]
+TIMED_OUT = "timeout"
+"""Stop reason of a text that ended at its deadline; its finish reason is "length"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,29 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     """Number of most likely alternatives reported per generated token; None reports none at all."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens whose log-probabilities are reported beside the most likely ones."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these tokens are drawn; empty allows all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that are never completed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """Where a request stands among the others, and how long it may take."""
+
+    priority: int = 0
+    """Lower goes first; anything above 0 is background work."""
+    tenant: str = ""
+    """Tenants share the engine evenly, however many requests each has."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with those of the same salt."""
+    deadline: float | None = None
+    """Second of the monotonic clock at which the request ends, finished or not."""
+
+
+BACKGROUND = Scheduling(priority=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +71,11 @@ class GenerationRequest:
     sampling: SamplingParams
     prompt_logprobs: int | None = None
     """As `SamplingParams.logprobs`, for every prompt token but the first."""
+    scheduling: Scheduling = Scheduling()
+    constraint: Constraint | None = None
+    """What the text must match, compiled for this one completion."""
+    report_progress: bool = False
+    """Also yield an output without tokens after each step that reads a part of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +99,7 @@ class ScoreRequest:
     token_ids: tuple[int, ...]
     windows: tuple[Window, ...]
     top_logprobs: int = 0
+    scheduling: Scheduling = BACKGROUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +111,20 @@ class TokenLogprob:
     """Natural logarithm, of the model's distribution before temperature, penalties and filters."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How much of a prompt has been read."""
+
+    total: int
+    """Tokens of the prompt."""
+    cached: int
+    """Of these, taken from the prefix cache."""
+    processed: int
+    """Of these, read so far, cached ones included."""
+    seconds: float
+    """Since the request arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +143,9 @@ class GenerationOutput:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    """The stop string or stop token id that ended the text; None for the end-of-text token."""
+    """The stop string or token id that ended the text, or `TIMED_OUT`; None for the end-of-text token."""
+    progress: PromptProgress | None = None
+    """With `report_progress`; such an output has neither text nor tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +156,8 @@ class WindowScores:
     logprobs: tuple[float, ...]
     top: tuple[tuple[tuple[int, float], ...], ...] = ()
     """Per scored token, as `TokenLogprob.top`, where alternatives were asked for."""
+    num_cached_tokens: int = 0
+    """Tokens of the window taken from the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +174,7 @@ class RequestTimes:
 class RequestStats:
     """Facts about one finished request, for metrics."""
 
-    kind: Literal["generate", "score"]
+    kind: Literal["generate", "score", "inspect"]
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_generated_tokens: int
@@ -148,6 +200,8 @@ class StepStats:
     prefix_hits: int
     inter_token_seconds: tuple[float, ...] = field(default=())
     """Time since the previous token, one per sequence that gained a token after its first."""
+    model_seconds: float = 0.0
+    """Of `seconds`, those of the model, the sampler and the scorer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +210,8 @@ class EngineState:
 
     running: int
     waiting: int
+    waiting_tokens: int
+    """Rows that waiting sequences may need in all."""
     free_blocks: int
     total_blocks: int
     cached_blocks: int

@@ -14,14 +14,14 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor, nn
 
-from dape_engine.errors import SettingsError
-from dape_engine.model import DapeForCausalLM
+from dape_engine.errors import SettingsError, StepError
+from dape_engine.model import Attend, DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import logits, score_targets
 from dape_engine.request import TokenLogprob
 from dape_engine.sampling import SamplerState, sample
-from dape_engine.scheduler import Chunk
 from dape_engine.sequence import Sequence
+from dape_engine.step import Chunk
 from dape_kernels.attention import paged_attention, select_backend
 from dape_kernels.decoder import Decoder
 from dape_kernels.paged import RaggedBatch
@@ -35,6 +35,22 @@ class ChunkResult:
     """The tokens that follow the chunk's rows, from the first one wanted."""
     sampled: TokenLogprob | None = None
     """The next token, where the chunk ends the sequence and it generates."""
+    error: StepError | None = None
+    """What this chunk failed with, even when computed alone."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """Rows on their way through the layers."""
+
+    chunks: abc.Sequence[Chunk]
+    batch: RaggedBatch
+    positions: Tensor
+    hidden: Tensor
+    """[T, h] behind the layers done so far."""
+    num_done: int
+    num_left: int
+    """Layers."""
 
 
 class ModelRunner:
@@ -59,6 +75,7 @@ class ModelRunner:
             raise SettingsError(f"attention_backend: {error}") from error
         self.encodings = [self.backend.prepare(e, max_model_len, self.device) for e in encodings]
         config = model.config
+        self.num_layers = config.num_hidden_layers
         block_bytes = config.num_hidden_layers * self.backend.block_bytes(
             self.block_size, config.num_attention_heads, config.head_dim, dtype
         )
@@ -96,11 +113,43 @@ class ModelRunner:
             chunks: the rows; their sequences hold the blocks for them.
             states: sampler state of every sequence that generates.
         """
-        batch = self._batch(chunks)
-        hidden = self._hidden(chunks, batch)
-        results = [ChunkResult() for _ in chunks]
-        self._score(chunks, batch, hidden, results)
-        self._sample(chunks, batch, hidden, states, results)
+        work = self.begin(chunks)
+        self.advance(work, self.num_layers)
+        return self.finish(work, states)
+
+    @torch.inference_mode()
+    def begin(self, chunks: abc.Sequence[Chunk]) -> Pass:
+        """Pack the rows of chunks and embed their tokens; `advance` then takes them through the layers."""
+        spans = [(c.sequence, range(c.start, c.start + c.count)) for c in chunks]
+        token_ids = torch.tensor(
+            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]],
+            device=self.device,
+        )
+        positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
+        hidden = self.model.embed(token_ids, positions)
+        if self._decoder is not None:
+            hidden = hidden.float()
+        return Pass(chunks, self._batch(chunks), positions, hidden, 0, self.num_layers)
+
+    @torch.inference_mode()
+    def advance(self, work: Pass, count: int) -> None:
+        """Run up to `count` of the next layers, keys and values of which go to the cache."""
+        layers = range(work.num_done, work.num_done + min(count, work.num_left))
+        if self._decoder is not None:
+            work.hidden = self._decoder.run(work.hidden, work.batch, layers)
+        else:
+            work.hidden = self.model.run_layers(
+                work.hidden, work.positions, self._attention(work.batch), layers
+            )
+        work.num_done = layers.stop
+        work.num_left -= len(layers)
+
+    @torch.inference_mode()
+    def finish(self, work: Pass, states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
+        """Score and sample behind the last layer; return one result per chunk, in order."""
+        results = [ChunkResult() for _ in work.chunks]
+        self._score(work.chunks, work.batch, work.hidden, results)
+        self._sample(work.chunks, work.batch, work.hidden, states, results)
         return results
 
     def _batch(self, chunks: abc.Sequence[Chunk]) -> RaggedBatch:
@@ -116,16 +165,8 @@ class ModelRunner:
             block_size=self.block_size,
         )
 
-    def _hidden(self, chunks: abc.Sequence[Chunk], batch: RaggedBatch) -> Tensor:
-        """Run all layers and return the hidden states [T, h] after the final norm."""
-        spans = [(c.sequence, range(c.start, c.start + c.count)) for c in chunks]
-        token_ids = torch.tensor(
-            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]],
-            device=self.device,
-        )
-        positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
-        if self._decoder is not None:
-            return self._decoder.run(self.model.embed(token_ids, positions).float(), batch)
+    def _attention(self, batch: RaggedBatch) -> Attend:
+        """Return the attention of every layer over the paged caches."""
         slots = batch.slots()
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,8 +177,7 @@ class ModelRunner:
             )
             return output
 
-        hidden: Tensor = self.model(token_ids, positions, attend)
-        return hidden
+        return attend
 
     def _score(
         self, chunks: abc.Sequence[Chunk], batch: RaggedBatch, hidden: Tensor, results: list[ChunkResult]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dape_engine.errors import RequestError, StepError
+from dape_engine.grammar import Constraint
 from dape_engine.request import SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -31,24 +33,38 @@ class SamplerState:
         prompt: token ids that the repetition penalty counts as seen.
         eos_token_id: the end-of-text token, which `min_tokens` holds back.
         vocab_size: V; token ids of `params` must be below.
+        constraint: the grammar that the completion must match; it is moved on with the text.
 
     Raises:
-        RequestError: a token id of `logit_bias` or `stop_token_ids` is not in the vocabulary.
+        RequestError: a token id of `params` is not in the vocabulary.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], eos_token_id: int | None, vocab_size: int
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        eos_token_id: int | None,
+        vocab_size: int,
+        constraint: Constraint | None = None,
     ):
         self.params = params
+        self.constraint = constraint
         self.num_generated = 0
         self._random = random.Random(params.seed)
+        self._drawn = (-1, 0.0)
         bias = dict(params.logit_bias)
         _check_ids("logit_bias", bias, vocab_size)
-        _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+            _check_ids(name, getattr(params, name), vocab_size)
+        for words in params.bad_words:
+            _check_ids("bad_words", words, vocab_size)
         ends = set(params.stop_token_ids)
-        if eos_token_id is not None and not params.ignore_eos:
+        # The end that a grammar allows would be nothing but a token in a text that ignores it.
+        if eos_token_id is not None and (constraint is not None or not params.ignore_eos):
             ends.add(eos_token_id)
         self.ends = torch.tensor(sorted(ends), dtype=torch.int64)
+        self.allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64)
+        self._tail = deque[int](maxlen=max(map(len, params.bad_words), default=0))
         self.bias_ids = torch.tensor(list(bias), dtype=torch.int64)
         self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.penalises = (
@@ -61,27 +77,57 @@ class SamplerState:
 
     @property
     def holds_end(self) -> bool:
-        """Whether `min_tokens` still forbids the tokens that end the text."""
-        return self.num_generated < self.params.min_tokens
+        """Whether the tokens that end the text are avoided for now, where anything else may come."""
+        ignores = self.constraint is not None and self.params.ignore_eos
+        return ignores or self.num_generated < self.params.min_tokens
+
+    @property
+    def restricts(self) -> bool:
+        """Whether only some tokens are allowed at all."""
+        return self.constraint is not None or len(self.allowed) > 0
 
     @property
     def adjusts(self) -> bool:
         """Whether the model's logits are changed before the draw."""
-        return self.penalises or self.holds_end or len(self.bias) > 0
+        changes = self.penalises or self.holds_end or len(self.bias) > 0 or len(self.params.bad_words) > 0
+        return changes or self.restricts
+
+    def restrict(self, logits: Tensor) -> None:
+        """Set the logits float32 [V] of tokens that are not allowed to minus infinity, in place."""
+        if len(self.allowed) > 0:
+            kept = logits[self.allowed]
+            logits.fill_(-math.inf)
+            logits[self.allowed] = kept
+        if self.constraint is not None:
+            self.constraint.restrict(logits)
+
+    def completing(self) -> list[int]:
+        """Return the tokens that would complete one of the bad words now."""
+        text = list(self._tail)
+        return [
+            word[-1]
+            for word in self.params.bad_words
+            if len(word) == 1 or text[len(text) - len(word) + 1 :] == list(word[:-1])
+        ]
 
     def append(self, token: int) -> None:
         """Count a generated token."""
         self.num_generated += 1
+        self._tail.append(token)
+        if self.constraint is not None:
+            self.constraint.append(token)
         if self.penalises:
             self.counts[token] += 1
 
     def uniform(self) -> float:
-        """Return the next number in [0, 1) of this request's random stream."""
-        return self._random.random()
+        """Return the number in [0, 1) that draws the next token, the same one until it is appended."""
+        if self._drawn[0] != self.num_generated:
+            self._drawn = (self.num_generated, self._random.random())
+        return self._drawn[1]
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device, where they stay."""
-        for name in ("ends", "bias_ids", "bias", "in_prompt", "counts"):
+        for name in ("ends", "allowed", "bias_ids", "bias", "in_prompt", "counts"):
             setattr(self, name, getattr(self, name).to(device))
 
 
@@ -94,17 +140,19 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int) -> None:
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[TokenLogprob]:
     """Draw one token per row; appending it to its state is the caller's part.
 
-    In vLLM's order: logit_bias, penalties, min_tokens, temperature, min_p, top_k, top_p. The most likely
-    token always survives the filters, and tokens as likely as the last one kept are kept too.
+    In this order: what is allowed at all (a grammar, allowed_token_ids), then as in vLLM logit_bias,
+    penalties, bad_words and min_tokens, temperature, min_p, top_k, top_p. Where what comes after the first
+    leaves nothing to choose from, it does not count. The most likely token always survives the filters,
+    and tokens as likely as the last one kept are kept too.
 
     Args:
         logits: float32 [S, V], not changed.
         states: one per row.
 
     Returns:
-        Per row the token, its log-probability under the model, and as many of the most likely tokens as
-        `logprobs` asks for, read from the same numbers: where the token is the most likely one, its
-        log-probability equals the first alternative's to the bit.
+        Per row the token, its log-probability under the model, as many of the most likely tokens as
+        `logprobs` asks for and those of `logprob_token_ids`, read from the same numbers: where the token is
+        the most likely one, its log-probability equals the first alternative's to the bit.
 
     Raises:
         StepError: a logit is not finite.
@@ -116,26 +164,31 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[TokenLogprob]
     drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
     if drawn:
         tokens[drawn] = _draw(adjusted[drawn], [states[row] for row in drawn])
-    return _report(logits, tokens, [state.params.logprobs or 0 for state in states])
+    return _report(logits, tokens, [state.params for state in states])
 
 
 def _adjust(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """Return the logits [S, V] with biases, penalties and min_tokens applied."""
+    """Return the logits [S, V] with restrictions, biases, penalties, bad words and min_tokens applied."""
     changed = [row for row, state in enumerate(states) if state.adjusts]
     if not changed:
         return logits
-    adjusted = logits.clone()
+    allowed = logits
+    if any(states[row].restricts for row in changed):
+        allowed = logits.clone()
     for row in changed:
-        state = states[row]
-        state.to(logits.device)
-        adjusted[row].index_add_(0, state.bias_ids, state.bias)
+        states[row].to(logits.device)
+        states[row].restrict(allowed[row])
+    adjusted = allowed.clone()
+    for row in changed:
+        adjusted[row].index_add_(0, states[row].bias_ids, states[row].bias)
     _penalise(adjusted, states)
     for row in changed:
+        adjusted[row, states[row].completing()] = -math.inf
         if states[row].holds_end:
             adjusted[row].index_fill_(0, states[row].ends, -math.inf)
-    # Where nothing is left to choose from, what the model says is better than nothing.
+    # Where nothing is left to choose from, what is allowed is better than nothing.
     usable = adjusted.amax(-1, keepdim=True).isfinite()
-    return torch.where(usable, adjusted, logits)
+    return torch.where(usable, adjusted, allowed)
 
 
 def _penalise(logits: Tensor, states: Sequence[SamplerState]) -> None:
@@ -194,17 +247,23 @@ def _ascending(values: Tensor) -> Tensor:
     return values.sort(-1).values
 
 
-def _report(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
-    """Return the log-probabilities of the tokens [S] and of each row's `tops` most likely tokens."""
+def _report(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[TokenLogprob]:
+    """Return the log-probabilities of the tokens [S] and of the others that each row asks for."""
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    alternatives: list[tuple[tuple[int, float], ...]] = [()] * len(tops)
+    tops = [p.logprobs or 0 for p in params]
+    others: list[tuple[tuple[int, float], ...]] = [()] * len(tops)
     rows = [row for row, top in enumerate(tops) if top > 0]
     if rows:
         values, ids = logprobs[rows].topk(min(max(tops), logits.shape[1]))
         for row, row_ids, row_values in zip(rows, ids.tolist(), values.tolist(), strict=True):
-            alternatives[row] = tuple(zip(row_ids[: tops[row]], row_values[: tops[row]], strict=True))
-    return list(map(TokenLogprob, tokens.tolist(), own, alternatives))
+            others[row] = tuple(zip(row_ids[: tops[row]], row_values[: tops[row]], strict=True))
+    for row, p in enumerate(params):
+        if p.logprob_token_ids:
+            known = {token for token, _ in others[row]}
+            asked = [token for token in dict.fromkeys(p.logprob_token_ids) if token not in known]
+            others[row] += tuple(zip(asked, logprobs[row, asked].tolist(), strict=True))
+    return list(map(TokenLogprob, tokens.tolist(), own, others))
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,90 +4,46 @@ Each step has one budget of rows. Every decoding sequence gets its row first; pr
 chunks share the rest. The scheduler owns the blocks of the sequences given to it; it never looks at
 tensors and knows no time. One step after the other:
 
-    step = schedule()    then compute step.chunks
-    commit(step)         or, where the computation failed, finish() for its sequences
-    then, for each chunk whose sequence is still in `running`: raise `num_scored`, append the new token
-    to `tokens`, or finish() the sequence
+    step = schedule()      then compute step.chunks
+    commit(step.chunks)    or, where the computation failed, discard() their sequences
+    then, for each chunk whose sequence is still in `running`: append to `scored` and keep_scores(), append
+    the new token to `tokens`, or finish() the sequence
 
 Calls must not overlap (the engine's lock sees to that), but add() and finish() may come between any two.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import KeysView
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, KeysView
 
+from dape_engine.block_scores import BlockScores
 from dape_engine.cache import BlockPool, CacheInvariantError, extend_block_keys
-from dape_engine.errors import ContextLengthError, QueueFullError, RequestError, SettingsError
+from dape_engine.errors import ContextLengthError, RequestError, SettingsError
+from dape_engine.fairness import FairShares, cost
 from dape_engine.sequence import Sequence
+from dape_engine.step import Budget, Chunk, Step
+from dape_engine.waiting import WaitingQueue
 
 OLDEST_SHARE = 4
 """One part in so many of a step's prefill work is for the prefill that was admitted first."""
-MAX_OVERTAKES = 3
-"""Admissions by priority in a row; then comes the sequence that has waited longest."""
-RETRY_AFTER = 1
-"""Seconds after which a refused client may try again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Rows start to start + count of a sequence; `sequence.blocks` has room for them."""
-
-    sequence: Sequence
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The work of one step, sequences in the order of their admission, and what led to it."""
-
-    chunks: list[Chunk]
-    preempted: list[Sequence]
-    prefix_queries: int
-    """Prompt tokens of the sequences admitted for the first time in this step."""
-    prefix_hits: int
-    """Prompt tokens that never preempted sequences took from the prefix cache in this step."""
-
-
-@dataclass(slots=True)
-class _Budget:
-    """Rows and attention pairs that are left for the prefill chunks of a step."""
-
-    rows: int
-    pairs: int
-
-    def grant(self, start: int, wanted: int, share: int = 1, least: int = 0) -> int:
-        """Take up to `wanted` rows from position `start` on, out of one part in `share`.
-
-        Row p attends to p + 1 keys. At least `least` rows are taken where rows are left and wanted,
-        whatever pairs they cost.
-        """
-        odd = 2 * start + 1
-        affordable = (math.isqrt(odd * odd + 8 * (self.pairs // share)) - odd) // 2
-        count = max(min(self.rows // share, affordable), least)
-        count = min(count, wanted, self.rows)
-        self.rows -= count
-        self.pairs = max(0, self.pairs - count * (odd + count) // 2)
-        return count
 
 
 class Scheduler:
     """Continuous batching with chunked prefill, prefix sharing and preemption by recompute.
 
-    Waiting sequences are admitted by priority, then arrival. One is admitted when a slot is free and
+    Waiting sequences are admitted in the order of `WaitingQueue`. One is admitted when a slot is free and
     the free blocks hold all tokens known today of it and of those running, plus one block of growth
     for each running one; so only generated text can outgrow the pool. Then the sequence admitted last
-    gives up its blocks and goes before all that wait. Admitted sequences thus keep one order for ever,
-    of which those running are the head, and the first of them always gets a row and its blocks:
-    by induction every sequence ends.
+    gives up its blocks and goes before all that wait. A sequence whose tenant has nothing running makes
+    its own room: the latest of the tenant with most running ones, not the first admitted of all, goes back
+    to wait, its prefix still in the cache. Admitted sequences thus keep one order, of which those running
+    are the head, and the first of them always gets a row and its blocks: by induction every sequence ends.
 
-    Prefills take rows by priority, then the fewest remaining first, so that a short prompt passes a
-    long one; a fixed share for the one admitted first keeps the long one going. While anything decodes,
-    all prefill chunks of a step together have at most `max_prefill_pairs` (query, key) pairs, but the
-    first admitted at least one block of rows.
+    Prefills take rows foreground first, then by what their tenants have received, by priority, and the
+    fewest remaining first, so that a short prompt passes a long one; a fixed share for the one admitted
+    first keeps the long one going. While anything decodes, all prefill chunks of a step together have at
+    most `max_prefill_pairs` (query, key) pairs, but the first admitted at least one block of rows.
     """
 
     def __init__(
@@ -97,6 +53,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_num_queued_reqs: int,
+        max_num_queued_tokens: int = 1 << 22,
         max_prefill_pairs: int = 1 << 20,
     ):
         """Raise SettingsError where a step could not hold one row of each running sequence."""
@@ -109,12 +66,14 @@ class Scheduler:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_num_queued_reqs = max_num_queued_reqs
         self._max_prefill_pairs = max_prefill_pairs
         self._running: dict[Sequence, None] = {}
         self._preempted: deque[Sequence] = deque()
-        self._queue: list[Sequence] = []
-        self._overtakes = 0
+        self._shares = FairShares()
+        self._queue = WaitingQueue(
+            self._shares, max_requests=max_num_queued_reqs, max_tokens=max_num_queued_tokens
+        )
+        self._tenants: Counter[str] = Counter()
 
     @property
     def running(self) -> KeysView[Sequence]:
@@ -124,7 +83,12 @@ class Scheduler:
     @property
     def waiting(self) -> list[Sequence]:
         """Preempted sequences in the order of their admission, then new ones in that of arrival."""
-        return [*self._preempted, *self._queue]
+        return [*self._preempted, *self._queue.sequences]
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Rows that waiting sequences may need in all."""
+        return self._queue.num_tokens + sum(sequence.max_rows for sequence in self._preempted)
 
     def add(self, sequence: Sequence, *, accepted: bool = False) -> None:
         """Let a new sequence wait for its admission.
@@ -134,17 +98,12 @@ class Scheduler:
             accepted: it is a further part of a request accepted before, so a full queue does not matter.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: too many requests or tokens wait.
             RequestError: there is no row to compute.
             ContextLengthError: it would not fit the cache even if it ran alone.
         """
-        waiting = len(self._preempted) + len(self._queue)
-        if waiting >= self._max_num_queued_reqs and not accepted:
-            raise QueueFullError(
-                f"{waiting} requests wait already, the limit (max_num_queued_reqs) is "
-                f"{self._max_num_queued_reqs}",
-                retry_after=RETRY_AFTER,
-            )
+        if not accepted:
+            self._queue.check_room(sequence, len(self._preempted))
         if sequence.num_rows < 1:
             raise RequestError(f"{len(sequence.tokens)} tokens leave nothing to compute", code="too_short")
         needed = self._pool.blocks_for(sequence.max_rows)
@@ -153,7 +112,10 @@ class Scheduler:
                 f"prompt and completion need room for {sequence.max_rows} tokens, the whole cache has "
                 f"{self._pool.num_blocks * self._pool.block_size}"
             )
-        self._queue.append(sequence)
+        if sequence.tenant not in self._tenants:
+            self._shares.join(sequence.tenant, self._tenants)
+        self._tenants[sequence.tenant] += 1
+        self._queue.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, done or aborted, wherever it is; one that is not here is ignored.
@@ -169,27 +131,67 @@ class Scheduler:
             self._preempted.remove(sequence)
         elif sequence in self._queue:
             self._queue.remove(sequence)
+        else:
+            return
+        sequence.flight = None
+        self._tenants[sequence.tenant] -= 1
+        if not self._tenants[sequence.tenant]:
+            del self._tenants[sequence.tenant]
 
-    def schedule(self) -> Step:
-        """Admit what fits and choose the rows of the next step; empty only if nothing runs or waits."""
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a sequence whose computation has failed, and what it has left in the prefix cache."""
+        self._pool.forget(sequence.blocks)
+        self.finish(sequence)
+
+    def schedule(self, background_pairs: int | None = None) -> Step:
+        """Admit what fits and choose the rows of the next step; empty only if nothing runs or waits.
+
+        Args:
+            background_pairs: (query, key) pairs of background work beside decoding sequences; None sets no
+                bound of its own.
+        """
         hits = sum(self._reuse(sequence) for sequence in self._running)
-        admitted, admitted_hits = self._admit()
-        chunks, preempted = self._allocate(self._plan())
-        return Step(chunks, preempted, admitted, hits + admitted_hits)
+        yielded: list[Sequence] = []
+        admitted, admitted_hits = self._admit(yielded)
+        chunks, preempted = self._allocate(self._plan(background_pairs))
+        return Step(chunks, preempted, yielded, admitted, hits + admitted_hits)
 
-    def commit(self, step: Step) -> None:
-        """Record that the rows of a step are in the cache and make the blocks they filled findable.
+    def ground(self, chunks: Iterable[Chunk]) -> None:
+        """Forget that chunks are on their way; their rows are planned anew."""
+        for chunk in chunks:
+            if chunk.sequence.flight is chunk:
+                chunk.sequence.flight = None
+
+    def commit(self, chunks: Iterable[Chunk]) -> None:
+        """Record that the rows of chunks are in the cache and make the blocks they filled findable.
 
         Chunks of sequences that were finished since schedule() are ignored.
         """
         size = self._pool.block_size
-        for chunk in step.chunks:
+        for chunk in chunks:
             sequence = chunk.sequence
+            sequence.flight = None
+            self._shares.charge(sequence.tenant, cost(chunk.start, chunk.count))
             if sequence not in self._running:
                 continue
             sequence.num_computed = chunk.start + chunk.count
             for index in range(chunk.start // size, sequence.num_computed // size):
                 self._pool.register(sequence.blocks[index], self._key(sequence, index))
+
+    def keep_scores(self, sequence: Sequence) -> None:
+        """Keep the log-probabilities of a running sequence with the blocks that are full of known ones."""
+        if sequence.score_from is None:
+            return
+        size = self._pool.block_size
+        known = sequence.score_from + sequence.num_scored
+        while (end := (sequence.num_blocks_kept + 1) * size) <= min(known, sequence.num_computed):
+            # The first token of all has no log-probability.
+            first = max(1, end - size)
+            if first >= sequence.score_from:
+                scored = sequence.scored[first - sequence.score_from : end - sequence.score_from]
+                key = self._key(sequence, sequence.num_blocks_kept)
+                self._pool.keep_scores(key, BlockScores(scored, sequence.top_logprobs))
+            sequence.num_blocks_kept += 1
 
     def check_invariants(self) -> None:
         """Check that blocks are held by running sequences only, as many as they need, each once.
@@ -210,24 +212,60 @@ class Scheduler:
             if sequence.blocks or sequence.num_computed:
                 raise CacheInvariantError(f"sequence {sequence.request_id!r} waits but holds blocks")
 
-    def _admit(self) -> tuple[int, int]:
+    def _admit(self, yielded: list[Sequence]) -> tuple[int, int]:
         """Admit sequences; return their prompt tokens and how many the prefix cache had."""
         queries = hits = 0
-        while len(self._running) < self._max_num_seqs:
-            sequence = self._next_waiting()
-            if sequence is None:
+        while (sequence := self._next_waiting()) is not None:
+            if not self._has_slot and not self._yielding_to(sequence):
                 break
             sequence.num_cached = 0
             found = self._reuse(sequence)
-            if self._spare_blocks() < self._missing_blocks(sequence) + len(self._running):
+            if not self._fits(sequence) and not self._make_room(sequence, yielded):
                 self._reset(sequence)
                 break
             self._leave_queue(sequence)
             self._running[sequence] = None
+            # A slot counts as a row, so that tenants who arrive together are admitted in turn.
+            self._shares.charge(sequence.tenant, 1.0)
             hits += found
             if sequence.num_preemptions == 0:
                 queries += sequence.prompt_length
         return queries, hits
+
+    @property
+    def _has_slot(self) -> bool:
+        return len(self._running) < self._max_num_seqs
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Return whether a slot and blocks for the tokens known today are free."""
+        return self._has_slot and self._spare_blocks() >= self._missing_blocks(sequence) + len(self._running)
+
+    def _make_room(self, newcomer: Sequence, yielded: list[Sequence]) -> bool:
+        """Send sequences back to the queue until one fits; return whether it does."""
+        while not self._fits(newcomer) and (able := self._yielding_to(newcomer)):
+            del self._running[able[-1]]
+            self._reset(able[-1])
+            able[-1].num_preemptions += 1
+            self._queue.put_back(able[-1])
+            yielded.append(able[-1])
+        return self._fits(newcomer)
+
+    def _yielding_to(self, newcomer: Sequence) -> list[Sequence]:
+        """Return who gives way to a sequence, in the order of admission, if nothing runs of its tenant.
+
+        They are of the tenant with most running sequences, keep one of them running and the first admitted
+        of all as well. Foreground work never gives way to background work.
+        """
+        running = Counter(sequence.tenant for sequence in self._running)
+        if running[newcomer.tenant] or newcomer.num_preemptions:
+            return []
+        able = [
+            sequence
+            for place, sequence in enumerate(self._running)
+            if place and running[sequence.tenant] > 1 and (sequence.priority > 0 or newcomer.priority <= 0)
+        ]
+        most = max((running[sequence.tenant] for sequence in able), default=0)
+        return [sequence for sequence in able if running[sequence.tenant] == most]
 
     def _next_waiting(self) -> Sequence | None:
         """Return the sequence to be admitted next, if any.
@@ -236,20 +274,14 @@ class Scheduler:
         """
         if self._preempted:
             return self._preempted[0]
-        if not self._queue:
-            return None
-        if self._overtakes >= MAX_OVERTAKES:
-            return self._queue[0]
-        first = min(self._queue, key=lambda sequence: sequence.priority)
         backlog = sum(sequence.num_remaining for sequence in self._running)
-        return first if first.priority <= 0 or backlog < self._max_num_batched_tokens else None
+        return self._queue.next(background=backlog < self._max_num_batched_tokens, in_turn=self._has_slot)
 
     def _leave_queue(self, sequence: Sequence) -> None:
         if self._preempted:
             self._preempted.popleft()
-            return
-        self._overtakes = 0 if sequence is self._queue[0] else self._overtakes + 1
-        self._queue.remove(sequence)
+        else:
+            self._queue.admit(sequence)
 
     def _spare_blocks(self) -> int:
         """Return the free blocks that running sequences do not need for the tokens they have today."""
@@ -264,6 +296,7 @@ class Scheduler:
         Running sequences look again, since another one may have computed their next block.
         What a sequence finds again after a preemption is no hit.
         """
+        self._recall_scores(sequence)
         wanted = self._reusable_blocks(sequence)
         if not wanted:
             return 0
@@ -273,6 +306,18 @@ class Scheduler:
         sequence.num_computed += tokens
         sequence.num_cached += tokens
         return tokens if sequence.num_preemptions == 0 else 0
+
+    def _recall_scores(self, sequence: Sequence) -> None:
+        """Take the next log-probabilities that are kept with cached blocks."""
+        if sequence.score_from is None:
+            return
+        size = self._pool.block_size
+        while (place := sequence.score_from + sequence.num_scored) < sequence.prompt_length:
+            kept = self._pool.scores(self._key(sequence, place // size))
+            if kept is None or kept.top < sequence.top_logprobs:
+                return
+            end = min((place // size + 1) * size, sequence.prompt_length)
+            sequence.scored += kept.entries(sequence.tokens[place:end], sequence.top_logprobs)
 
     def _reusable_blocks(self, sequence: Sequence) -> range:
         """Return which of its next blocks need not be computed by the sequence itself."""
@@ -285,18 +330,22 @@ class Scheduler:
         size = self._pool.block_size
         if (index + 1) * size > len(sequence.tokens):
             return b""
-        extend_block_keys(sequence.block_keys, sequence.tokens, size, index + 1)
+        extend_block_keys(sequence.block_keys, sequence.tokens, size, index + 1, sequence.cache_salt)
         return sequence.block_keys[index]
 
-    def _plan(self) -> dict[Sequence, int]:
+    def _plan(self, background_pairs: int | None) -> dict[Sequence, int]:
         """Share out the rows of a step."""
         plan = {sequence: 1 for sequence in self._running if sequence.is_decoding}
-        prefills = [sequence for sequence in self._running if not sequence.is_decoding]
+        prefills = [s for s in self._running if not s.is_decoding and s.flight is None]
         rows = self._max_num_batched_tokens - len(plan)
         unlimited = rows * self._pool.num_blocks * self._pool.block_size
-        budget = _Budget(rows, self._max_prefill_pairs if plan else unlimited)
+        budget = Budget(rows, unlimited, unlimited)
+        if plan:
+            budget.pairs = budget.background_pairs = self._max_prefill_pairs
+            if background_pairs is not None:
+                budget.background_pairs = background_pairs
         turns = [(sequence, OLDEST_SHARE, self._pool.block_size) for sequence in prefills[:1]]
-        prefills.sort(key=lambda sequence: (sequence.priority, sequence.num_remaining))
+        prefills.sort(key=self._rank)
         turns += [(sequence, 1, 0) for sequence in prefills]
         computed_by: dict[bytes, Sequence] = {}
         for sequence, share, least in turns:
@@ -306,10 +355,14 @@ class Scheduler:
                 continue
             planned = plan.get(sequence, 0)
             start, wanted = sequence.num_computed + planned, sequence.num_remaining - planned
-            if count := budget.grant(start, wanted, share, least):
+            if count := budget.grant(start, wanted, sequence.priority > 0, share, least):
                 computed_by.setdefault(key, sequence)
                 plan[sequence] = planned + count
         return plan
+
+    def _rank(self, sequence: Sequence) -> tuple[bool, float, int, int]:
+        received = self._shares.received(sequence.tenant)
+        return sequence.priority > 0, received, sequence.priority, sequence.num_remaining
 
     def _allocate(self, plan: dict[Sequence, int]) -> tuple[list[Chunk], list[Sequence]]:
         """Find blocks for the planned rows, first admitted first; return the chunks and the preempted.
@@ -339,3 +392,4 @@ class Scheduler:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = 0
+        sequence.flight = None

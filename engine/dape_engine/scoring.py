@@ -1,18 +1,16 @@
-"""Which tokens of a text are scored with which context, and the statistics of their log-probabilities.
+"""Which tokens of a text are scored with which context.
 
-Pure functions of numbers: no model, no tensors. Natural logarithms throughout; totals are sums of negative
-log-likelihoods (NLL) and counts, never averages of averages.
+Pure functions of numbers: no model, no tensors. `dape_engine.statistics` sums up what comes of it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dape_engine.errors import ContextLengthError, RequestError, StepError
-from dape_engine.request import Window, WindowScores
+from dape_engine.errors import ContextLengthError, RequestError
+from dape_engine.request import Window
 
 WindowMode = Literal["full", "sliding", "disjoint", "half", "last"]
 LadderKind = Literal["prefix", "suffix"]
@@ -29,7 +27,32 @@ SETTINGS: dict[WindowMode, frozenset[str]] = {
 }
 
 
-def windows(
+@dataclass(frozen=True, slots=True)
+class WindowSettings:
+    """A mode with its settings, defaults filled in; None: the mode has no such setting."""
+
+    mode: WindowMode
+    context_length: int
+    stride: int | None = None
+    score_last: int | None = None
+
+    def windows(self, num_tokens: int) -> tuple[Window, ...]:
+        """Return the windows of a text of the length that the settings were made for."""
+        length = self.context_length
+        match self.mode:
+            case "full":
+                return (Window(0, num_tokens, 1),)
+            case "sliding":
+                return _sliding(num_tokens, length, self.stride or length)
+            case "disjoint":
+                return _disjoint(num_tokens, length)
+            case "half":
+                return _half(num_tokens, length)
+            case "last":
+                return (_ending(num_tokens, min(length, num_tokens), self.score_last or SCORE_LAST),)
+
+
+def window_settings(
     mode: WindowMode,
     num_tokens: int,
     *,
@@ -37,17 +60,17 @@ def windows(
     stride: int | None = None,
     score_last: int | None = None,
     max_model_len: int | None = None,
-) -> tuple[Window, ...]:
-    """Return the windows of a text. No window is longer than `context_length` tokens, scored ones included.
+) -> WindowSettings:
+    """Return a mode's settings for one text. No window is longer than `context_length`, scored ones included.
 
     - "full": one window; every token but the first is scored.
     - "sliding", as in Hugging Face's guide: a window every `stride` tokens (default: half the context
       length) scores the tokens that no window before it held. With `stride` equal to `context_length` the
       first token of each window has no context, so it is not scored.
-    - "disjoint", as lm-eval's rolling log-likelihood of `local-completions` with `max_length` equal to
-      `context_length`, if the text's first token is the BOS or EOS that lm-eval puts there: windows score
-      `context_length - 1` tokens each, from one token of context on; the last window, where shorter,
-      reaches back to fill its context.
+    - "disjoint", as lm-eval's rolling log-likelihood of `local-completions`, whose own `max_length` is one
+      more than `context_length`, if the text's first token is the BOS or EOS that lm-eval puts there:
+      windows score `context_length - 1` tokens each, from one token of context on; the last window, where
+      shorter, reaches back to fill its context.
     - "half", as llama.cpp: chunks without overlap, of which only the second half is scored (see
       `with_chunk_bos`); an incomplete last chunk is dropped.
     - "last": one window at the end of the text, of which the last `score_last` (256) tokens are scored: the
@@ -78,7 +101,7 @@ def windows(
                 "choose another window, such as 'sliding'",
                 param="input",
             )
-        return (Window(0, num_tokens, 1),)
+        return WindowSettings(mode, num_tokens)
     # The first token of a half-scored chunk's second half is not scored, so two tokens are too few.
     smallest = 3 if mode == "half" else 2
     length = max(smallest, min(num_tokens, limit)) if context_length is None else context_length
@@ -87,16 +110,18 @@ def windows(
         case "sliding":
             step = length // 2 if stride is None else stride
             _check_range("stride", step, 1, length, "context_length")
-            return _sliding(num_tokens, length, step)
-        case "disjoint":
-            return _disjoint(num_tokens, length)
-        case "half":
-            return _half(num_tokens, length)
+            return WindowSettings(mode, length, stride=step)
         case "last":
             scored = SCORE_LAST if score_last is None else score_last
             _check_range("score_last", scored, 1)
-            length = min(length, num_tokens)
-            return (_ending(num_tokens, length, scored),)
+            return WindowSettings(mode, length, score_last=scored)
+        case _:
+            if mode == "half" and num_tokens < length:
+                raise RequestError(
+                    f"input has {num_tokens} tokens, window 'half' needs at least context_length {length}",
+                    param="input",
+                )
+            return WindowSettings(mode, length)
 
 
 def with_chunk_bos(
@@ -189,114 +214,6 @@ def covering(end: int, length: int, score_last: int) -> tuple[Window, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Sums over scored tokens; adding two gives the statistics of both together."""
-
-    num_scored: int = 0
-    nll_sum: float = 0.0
-    nll_square_sum: float = 0.0
-    num_bytes: int | None = 0
-    """UTF-8 bytes of the scored tokens; None: not known."""
-
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(
-            self.num_scored + other.num_scored,
-            self.nll_sum + other.nll_sum,
-            self.nll_square_sum + other.nll_square_sum,
-            _sum_known(self.num_bytes, other.num_bytes),
-        )
-
-    @property
-    def mean_nll(self) -> float | None:
-        """Mean NLL of a token in nats; None where nothing was scored."""
-        return self.nll_sum / self.num_scored if self.num_scored else None
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(mean_nll); None where nothing was scored or the value is beyond a float."""
-        return None if self.mean_nll is None else _finite_exp(self.mean_nll)
-
-    @property
-    def perplexity_stderr(self) -> float | None:
-        """Standard error of the perplexity, as llama.cpp prints it.
-
-        By the delta method it is the perplexity times the standard error of `mean_nll`, taking tokens as
-        independent. None for fewer than two tokens or where the perplexity is None.
-        """
-        if self.mean_nll is None or self.perplexity is None or self.num_scored < 2:
-            return None
-        variance = max(0.0, self.nll_square_sum / self.num_scored - self.mean_nll**2)
-        error = self.perplexity * math.sqrt(variance / (self.num_scored - 1))
-        return error if math.isfinite(error) else None
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """NLL in bits per UTF-8 byte of the scored tokens; None where their bytes are unknown or none."""
-        return self.nll_sum / math.log(2) / self.num_bytes if self.num_bytes else None
-
-
-def statistics(logprobs: Sequence[float], num_bytes: int | None = None) -> Statistics:
-    """Return the statistics of the log-probabilities of scored tokens.
-
-    Raises:
-        StepError: a value is not finite.
-    """
-    if not all(map(math.isfinite, logprobs)):
-        raise StepError("a log-probability is not finite")
-    squares = math.fsum(logprob * logprob for logprob in logprobs)
-    return Statistics(len(logprobs), -math.fsum(logprobs), squares, num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class PositionBucket:
-    """The scored tokens with `start` to `end - 1` tokens of context before them."""
-
-    start: int
-    end: int
-    statistics: Statistics
-
-
-def by_position(scores: Iterable[WindowScores]) -> tuple[PositionBucket, ...]:
-    """Return statistics by the number of tokens before the scored one in its window, empty buckets left out.
-
-    Edges are 0, 128, 256, 512, 1024 and so on, doubling.
-    """
-    buckets: dict[int, list[float]] = {}
-    for window_scores in scores:
-        window, logprobs = window_scores.window, window_scores.logprobs
-        first = window.score_from - window.start
-        position = first
-        while position < first + len(logprobs):
-            number = _bucket(position)
-            end = min(_bucket_end(number), first + len(logprobs))
-            buckets.setdefault(number, []).extend(logprobs[position - first : end - first])
-            position = end
-    return tuple(
-        PositionBucket(_bucket_end(number - 1) if number else 0, _bucket_end(number), statistics(values))
-        for number, values in sorted(buckets.items())
-    )
-
-
-def _bucket(position: int) -> int:
-    return max(0, position.bit_length() - 7)
-
-
-def _bucket_end(number: int) -> int:
-    return 128 << number
-
-
-def _sum_known(first: int | None, second: int | None) -> int | None:
-    return None if first is None or second is None else first + second
-
-
-def _finite_exp(value: float) -> float | None:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return None
-
-
 def _check_input(num_tokens: int) -> None:
     if num_tokens < 2:
         raise RequestError(f"input has {num_tokens} token(s), at least 2 are needed", param="input")
@@ -337,10 +254,5 @@ def _disjoint(num_tokens: int, length: int) -> tuple[Window, ...]:
 
 
 def _half(num_tokens: int, length: int) -> tuple[Window, ...]:
-    if num_tokens < length:
-        raise RequestError(
-            f"input has {num_tokens} tokens, window 'half' needs at least context_length {length}",
-            param="input",
-        )
     starts = range(0, num_tokens - length + 1, length)
     return tuple(Window(start, start + length, start + length // 2 + 1) for start in starts)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from dape_engine.request import SamplingParams
+from dape_engine.request import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from dape_engine.step import Chunk
 
 
 @dataclass(slots=True, eq=False)
@@ -22,17 +26,24 @@ class Sequence:
     """Lower goes first; anything above 0 is background work."""
     top_logprobs: int = 0
     """Alternatives reported beside each of the prompt's log-probabilities."""
+    tenant: str = ""
+    cache_salt: str = ""
+    """Goes into the prefix cache keys: only sequences of the same salt share blocks."""
     prompt_length: int = field(init=False)
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix cache keys of its first full blocks, as far as known; kept by a preemption."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache; the next row is that of this position."""
-    num_scored: int = 0
-    """Prompt tokens from `score_from` on whose log-probabilities are known; kept by a preemption."""
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities known so far of the prompt's tokens from `score_from` on; kept by a preemption."""
+    num_blocks_kept: int = 0
+    """First blocks whose log-probabilities have been offered to the cache, or cannot be."""
     num_cached: int = 0
     """Tokens taken from the prefix cache since the sequence was last admitted."""
     num_preemptions: int = 0
+    flight: Chunk | None = None
+    """Its rows that are on their way through the layers, while they are."""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -47,6 +58,11 @@ class Sequence:
         """Rows it can grow to: the last generated token is never read."""
         generated = self.sampling.max_tokens if self.sampling is not None else 0
         return self.num_rows if generated == 0 else self.prompt_length + generated - 1
+
+    @property
+    def num_scored(self) -> int:
+        """Prompt tokens whose log-probabilities are known."""
+        return len(self.scored)
 
     @property
     def num_remaining(self) -> int:

@@ -6,6 +6,7 @@ bits per byte are made of.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from dape_engine.config import ModelConfig
 from dape_engine.errors import ModelFolderError, RequestError
+from dape_engine.long_text import LONGEST_PIECE, PIECE, can_cut, pieces
 
 FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -26,7 +30,8 @@ class TextTokenizer:
     which a padded model may draw, stand for no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig):
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, chat_template: str | None = None):
+        self.chat_template = chat_template
         # A truncation or padding saved in the file would change prompts without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -35,15 +40,16 @@ class TextTokenizer:
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._bytes = _bytes_of_tokens(tokenizer)
+        self._around = _around_text(tokenizer) if can_cut(tokenizer) else None
         self.bos_token_id = config.bos_token_id
         self.eos_token_id = config.eos_token_id
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig) -> TextTokenizer:
-        """Read `tokenizer.json`.
+        """Read `tokenizer.json`, and the chat template where there is one.
 
         Raises:
-            ModelFolderError: the file is missing or damaged, or it holds ids that the model does not have.
+            ModelFolderError: a file is missing or damaged, or it holds ids that the model does not have.
         """
         path = folder / FILE
         if not path.is_file():
@@ -52,7 +58,7 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise ModelFolderError(f"cannot read {path}: {error}") from error
-        loaded = cls(tokenizer, config)
+        loaded = cls(tokenizer, config, _chat_template(folder))
         if loaded.vocab_size > config.vocab_size:
             raise ModelFolderError(
                 f"{path} holds {loaded.vocab_size} token ids, config.json has vocab_size {config.vocab_size}"
@@ -73,7 +79,8 @@ class TextTokenizer:
             param: the request's field that holds the text, for the error.
 
         Raises:
-            RequestError: the text holds a lone surrogate, so it has no UTF-8 form.
+            RequestError: the text holds a lone surrogate, so it has no UTF-8 form, or it is longer than
+                `LONGEST_PIECE` and cannot be cut.
         """
         try:
             text.encode()
@@ -82,12 +89,30 @@ class TextTokenizer:
                 f"{param} holds the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
                 param=param,
             ) from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) <= PIECE or self._around is None:
+            return self._encode(text, add_special_tokens, param)
+        before, after = self._around if add_special_tokens else ([], [])
+        ids = list(before)
+        for piece in pieces(text):
+            ids += self._encode(piece, False, param)
+        return ids + after
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        if len(text) > LONGEST_PIECE:
+            raise RequestError(
+                f"{param}: {len(text)} characters without a place where this tokenizer's text can be cut "
+                f"are above the limit of {LONGEST_PIECE}",
+                param=param,
+            )
+        # Unlike `encode`, the batch calls let other threads run meanwhile, the engine's among them.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        (text,) = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def is_special(self, token_id: int) -> bool:
@@ -115,6 +140,32 @@ class TextTokenizer:
     def byte_length(self, ids: Sequence[int]) -> int:
         """Return the number of UTF-8 bytes that tokens stand for; special tokens stand for none."""
         return sum(len(self.token_bytes(token_id)) for token_id in ids if token_id not in self._special)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return the folder's chat template, Jinja text: its own file goes before the tokenizer's settings."""
+    own, settings = folder / CHAT_TEMPLATE_FILE, folder / SETTINGS_FILE
+    try:
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        if not settings.is_file():
+            return None
+        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):
+            # Several, by name.
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ModelFolderError(f"cannot read the chat template in {folder}: {error}") from error
+    if template is not None and not isinstance(template, str):
+        raise ModelFolderError(f"{settings}: chat_template must be a text")
+    return template
+
+
+def _around_text(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer itself puts before and after a text."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    before = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    return whole[:before], whole[before + len(plain) :]
 
 
 def _bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes]:

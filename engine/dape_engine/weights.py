@@ -103,6 +103,14 @@ def save_model_folder(folder: Path, model: DapeForCausalLM, tokenizer: Tokenizer
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    # What other programs need to load tokenizer.json on its own.
+    special = {"bos_token": config.bos_token_id, "eos_token": config.eos_token_id}
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: None if token is None else tokenizer.id_to_token(token) for name, token in special.items()},
+        "model_max_length": config.max_model_len,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

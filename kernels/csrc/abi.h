@@ -120,9 +120,11 @@ int32_t dape_set_isa(const char* name);
 // Compute attention of all rows. Returns 0, or 1 if memory ran out.
 int32_t dape_attend(const dape::Attention* attention);
 
-// Run all layers on the hidden states x [T, h] of a batch, which they replace; `out` [T, h] has them behind the last
-// norm. Of `batch` only what describes the rows and the threads is used. Returns 0, or 1 if memory ran out.
-int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, float* x, float* out);
+// Run layers `first` to `last` - 1 on the hidden states x [T, h] of a batch, which they replace; after the last of all
+// layers `out` [T, h] has them behind the last norm. Of `batch` only what describes the rows and the threads is used.
+// Returns 0, or 1 if memory ran out.
+int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, int64_t first, int64_t last, float* x,
+                    float* out);
 
 // Results [rows, outputs] of a layer as floats, for rows of `type` that are `stride` apart.
 void dape_linear(const dape::Linear* layer, const void* x, int32_t type, int64_t stride, int64_t rows, float* out,

@@ -72,7 +72,7 @@ void multiply(const Linear& layer, const Activations& x, int64_t rows, const Act
     });
 }
 
-void decode(const Decoder& decoder, const Attention& batch, float* x, float* out) {
+void decode(const Decoder& decoder, const Attention& batch, int64_t first, int64_t last, float* x, float* out) {
     const Kernel& used = kernel();
     const int64_t rows = batch.query_starts[batch.sequences], hidden = decoder.hidden;
     const int32_t type = decoder.type == kBfloat16 && used.bfloat16 ? kBfloat16 : kFloat32;
@@ -101,7 +101,7 @@ void decode(const Decoder& decoder, const Attention& batch, float* x, float* out
     const Plan plan = make_plan(attention, threads);
     const std::vector<int64_t> slots = slots_of(batch);
 
-    for (int64_t index = 0; index < decoder.num_layers; ++index) {
+    for (int64_t index = first; index < last; ++index) {
         const Layer& layer = decoder.layers[index];
         attention.cache = layer.cache;
         attention.encoding = layer.encoding;
@@ -117,7 +117,7 @@ void decode(const Decoder& decoder, const Attention& batch, float* x, float* out
         multiply(layer.up, normed, rows, inner, kStoreGelu, threads);
         multiply(layer.down, inner, rows, residual, kAdd, threads);
     }
-    normalise(decoder.norm, {out, hidden, kFloat32});
+    if (last == decoder.num_layers) normalise(decoder.norm, {out, hidden, kFloat32});
 }
 
 }  // namespace dape

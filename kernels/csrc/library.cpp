@@ -21,9 +21,9 @@ DAPE_EXPORT int32_t dape_attend(const dape::Attention* attention) try {
     return 1;
 }
 
-DAPE_EXPORT int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, float* x,
-                                float* out) try {
-    dape::decode(*decoder, *batch, x, out);
+DAPE_EXPORT int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, int64_t first, int64_t last,
+                                float* x, float* out) try {
+    dape::decode(*decoder, *batch, first, last, x, out);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

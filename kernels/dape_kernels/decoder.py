@@ -39,15 +39,17 @@ class DecoderModules:
 class Decoder(Protocol):
     """The layers of one model over the caches it was made for."""
 
-    def run(self, x: Tensor, batch: RaggedBatch) -> Tensor:
-        """Run all layers on the rows of a batch and store their keys and values.
+    def run(self, x: Tensor, batch: RaggedBatch, layers: range | None = None) -> Tensor:
+        """Run layers on the rows of a batch and store their keys and values.
 
         Args:
-            x: float32 [T, h], contiguous, embedded tokens; may be overwritten.
+            x: float32 [T, h], contiguous, embedded tokens or what the layers before have returned; may be
+                overwritten.
             batch: which rows belong to which sequence.
+            layers: consecutive ones; by default all.
 
         Returns:
-            Hidden states float32 [T, h] behind the last norm.
+            Hidden states float32 [T, h], behind the last norm if the last layer was among them.
         """
         ...
 

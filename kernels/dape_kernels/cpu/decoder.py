@@ -85,7 +85,7 @@ class CpuDecoder:
         )
         self._output = self._linear(modules.output)
 
-    def run(self, x: Tensor, batch: RaggedBatch) -> Tensor:
+    def run(self, x: Tensor, batch: RaggedBatch, layers: range | None = None) -> Tensor:
         """See `Decoder.run`.
 
         Raises:
@@ -99,9 +99,13 @@ class CpuDecoder:
             raise ValueError(
                 f"a context has {layout.longest} tokens, the decoder was made for {self._length}"
             )
-        out = torch.empty_like(x)
+        count = self._struct.num_layers
+        first, last = (0, count) if layers is None else (layers.start, layers.stop)
+        if not 0 <= first < last <= count:
+            raise ValueError(f"layers {first} to {last - 1} are not among 0 to {count - 1}")
+        out = torch.empty_like(x) if last == count else x
         call = batch_struct(layout, batch)
-        if load().dape_decode(byref(self._struct), byref(call), x.data_ptr(), out.data_ptr()):
+        if load().dape_decode(byref(self._struct), byref(call), first, last, x.data_ptr(), out.data_ptr()):
             raise MemoryError("no memory for the scratch of the decoder")
         return out
 

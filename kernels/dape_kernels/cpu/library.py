@@ -161,7 +161,14 @@ def load() -> CDLL:
     library.dape_isa.restype = c_char_p
     library.dape_set_isa.argtypes = (c_char_p,)
     library.dape_attend.argtypes = (POINTER(AttentionStruct),)
-    library.dape_decode.argtypes = (POINTER(DecoderStruct), POINTER(AttentionStruct), c_void_p, c_void_p)
+    library.dape_decode.argtypes = (
+        POINTER(DecoderStruct),
+        POINTER(AttentionStruct),
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_void_p,
+    )
     library.dape_linear.argtypes = (
         POINTER(LinearStruct),
         c_void_p,

@@ -1,0 +1,65 @@
+"""The work of one step, and the budget that bounds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dape_engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows start to start + count of a sequence; `sequence.blocks` has room for them."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+def pairs(chunk: Chunk) -> int:
+    """Return the (query, key) pairs of a chunk."""
+    return chunk.count * (2 * chunk.start + chunk.count + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The work of one step, sequences in the order of their admission, and what led to it."""
+
+    chunks: list[Chunk]
+    preempted: list[Sequence]
+    """They have run out of blocks and go on before all that wait."""
+    yielded: list[Sequence]
+    """They have made way for tenants of whom nothing ran, and wait first in the queue."""
+    prefix_queries: int
+    """Prompt tokens of the sequences admitted for the first time in this step."""
+    prefix_hits: int
+    """Prompt tokens that never preempted sequences took from the prefix cache in this step."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """Rows and attention pairs that are left for the prefill chunks of a step."""
+
+    rows: int
+    pairs: int
+    background_pairs: int
+    """Of these, for background work."""
+
+    def grant(self, start: int, wanted: int, background: bool, share: int = 1, least: int = 0) -> int:
+        """Take up to `wanted` rows from position `start` on, out of one part in `share`.
+
+        Row p attends to p + 1 keys. At least `least` rows are taken where rows are left and wanted,
+        whatever pairs they cost.
+        """
+        odd = 2 * start + 1
+        pairs = min(self.pairs, self.background_pairs) if background else self.pairs
+        affordable = (math.isqrt(odd * odd + 8 * (pairs // share)) - odd) // 2
+        count = max(min(self.rows // share, affordable), least)
+        count = min(count, wanted, self.rows)
+        taken = count * (odd + count) // 2
+        self.rows -= count
+        self.pairs = max(0, self.pairs - taken)
+        if background:
+            self.background_pairs = max(0, self.background_pairs - taken)
+        return count
