@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dape_engine.loop import FAILED_STEPS
 from dape_engine.errors import DeadlineError, QueueFullError, StepError
+from dape_engine.loop import FAILED_STEPS
 from dape_engine.request import (
     TIMED_OUT,
     GenerationRequest,
@@ -186,3 +186,42 @@ async def test_an_engine_whose_steps_all_fail_says_so_until_one_succeeds(
             assert engine.state().failure == "the last 3 steps have failed"
         await generate(engine, tokens(1, 20))
         assert engine.state().failure is None
+
+
+class TestPieces:
+    WINDOWS = (Window(0, 100, 1), Window(50, 103, 101), Window(3, 90, 60))
+
+    async def pieces(self, engine: Any, ids: tuple[int, ...]) -> list[WindowScores]:
+        request = ScoreRequest("s", ids, self.WINDOWS, top_logprobs=1, in_pieces=True)
+        return [piece async for piece in engine.score(request)]
+
+    async def test_pieces_of_windows_join_to_the_whole(self, folder: Path) -> None:
+        ids = tokens(1, 103)
+        async with engine_of(folder, max_num_batched_tokens=32) as engine:
+            whole = [s async for s in engine.score(ScoreRequest("s", ids, self.WINDOWS, top_logprobs=1))]
+        for kv_cache_memory in (1 << 20, 30 * 4 * 512):
+            async with engine_of(
+                folder, max_num_batched_tokens=32, kv_cache_memory=kv_cache_memory
+            ) as engine:
+                left = await self.pieces(engine, ids)
+                again = await self.pieces(engine, ids)
+            assert len(left) > len(self.WINDOWS)
+            for found in (left, again):
+                for window, scores in zip(self.WINDOWS, whole, strict=True):
+                    self.check(window, scores, found)
+                assert not found
+
+    @staticmethod
+    def check(window: Window, scores: WindowScores, left: list[WindowScores]) -> None:
+        """Take the pieces of one window off the list."""
+        logprobs: list[float] = []
+        ends = [window.start]
+        while ends[-1] < window.end:
+            piece = left.pop(0)
+            assert piece.window.start == window.start
+            assert piece.window.score_from == min(max(window.score_from, ends[-1]), piece.window.end)
+            assert len(piece.logprobs) == len(piece.top) == piece.window.end - piece.window.score_from
+            ends.append(piece.window.end)
+            logprobs += piece.logprobs
+        assert ends == sorted(set(ends))
+        assert logprobs == pytest.approx(scores.logprobs, abs=1e-4)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
-from dape_engine.errors import QueueFullError
-from fakes import BOS, PERPLEXITY, FakeEngine, events, logprob, serving
+from fakes import BOS, EOS, PERPLEXITY, FakeEngine, check_refused, logprob, serving
 
 IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
 
@@ -36,14 +36,29 @@ def test_full_window_is_the_default(client):
     total = nll(0, 1, 11)
     squares = math.fsum(nll(0, i, i + 1) ** 2 for i in range(1, 11))
     size = len(client.post("/detokenize", json={"tokens": IDS[1:]}).json()["prompt"].encode())
+    error = math.exp(total / 10) * math.sqrt((squares / 10 - (total / 10) ** 2) / 9)
     statistics = {
         "num_tokens": 11,
         "num_scored": 10,
         "nll_sum": pytest.approx(total),
         "mean_nll": pytest.approx(total / 10),
         "perplexity": pytest.approx(math.exp(total / 10)),
-        "stderr": pytest.approx(math.exp(total / 10) * math.sqrt((squares / 10 - (total / 10) ** 2) / 9)),
+        "stderr": pytest.approx(error),
+        "num_bytes": size,
         "bits_per_byte": pytest.approx(total / math.log(2) / size),
+        "num_words": None,
+        "word_perplexity": None,
+        "by_position": [
+            {
+                "from": 0,
+                "to": 128,
+                "num_scored": 10,
+                "nll_sum": pytest.approx(total),
+                "perplexity": pytest.approx(math.exp(total / 10)),
+                "stderr": pytest.approx(error),
+            }
+        ],
+        "ladder": [],
     }
     assert answer == {
         "object": "perplexity",
@@ -52,21 +67,18 @@ def test_full_window_is_the_default(client):
             {
                 "index": 0,
                 **statistics,
-                "by_position": [
-                    {
-                        "from": 0,
-                        "to": 128,
-                        "num_scored": 10,
-                        "nll_sum": pytest.approx(total),
-                        "perplexity": pytest.approx(math.exp(total / 10)),
-                    }
-                ],
-                "ladder": [],
-                "windows": [{"start": 0, "end": 11, "score_from": 1}],
+                "bos": {"rule": "auto", "added": False, "token_id": None, "first_token_scored": False},
+                "window": {"mode": "full", "context_length": 11, "stride": None, "score_last": None},
+                "windows": [{"start": 0, "end": 11, "score_from": 1, "num_scored": 10}],
             }
         ],
-        "corpus": {**statistics, "ladder": []},
-        "usage": {"prompt_tokens": 11, "completion_tokens": 0, "total_tokens": 11},
+        "corpus": {**statistics, "stderr_between_inputs": None},
+        "usage": {
+            "prompt_tokens": 11,
+            "completion_tokens": 0,
+            "total_tokens": 11,
+            "prompt_tokens_details": {"cached_tokens": 0, "read_tokens": 11},
+        },
     }
 
 
@@ -88,7 +100,9 @@ def test_full_window_is_the_default(client):
 )
 def test_windows_are_scored_and_repeated_back(client, settings, windows):
     (data,) = score(client, **settings, return_token_logprobs=True)["data"]
-    assert data["windows"] == [{"start": s, "end": e, "score_from": f} for s, f, e in windows]
+    assert data["windows"] == [
+        {"start": s, "end": e, "score_from": f, "num_scored": e - f} for s, f, e in windows
+    ]
     assert data["nll_sum"] == pytest.approx(sum(nll(*window) for window in windows))
     expected = [None] * len(IDS)
     for start, score_from, end in windows:
@@ -105,6 +119,23 @@ def test_numbers_equal_those_of_a_completion_with_echo(client):
     choice = client.post("/v1/completions", json=body).json()["choices"][0]
     assert data["token_logprobs"] == choice["logprobs"]["token_logprobs"]
     assert data["top_logprobs"] == choice["logprobs"]["top_logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({"window": "full"}, ("full", 11, None, None)),
+        ({"window": "sliding"}, ("sliding", 11, 5, None)),
+        ({"window": "sliding", "context_length": 20, "stride": 3}, ("sliding", 20, 3, None)),
+        ({"window": "disjoint", "context_length": 6}, ("disjoint", 6, None, None)),
+        ({"window": "half"}, ("half", 11, None, None)),
+        ({"window": "last", "context_length": 5}, ("last", 5, None, 256)),
+        ({"window": "last", "score_last": 2}, ("last", 11, None, 2)),
+    ],
+)
+def test_the_answer_names_the_window_with_its_defaults(client, settings, used):
+    (data,) = score(client, **settings)["data"]
+    assert tuple(data["window"].values()) == used
 
 
 class TestLadder:
@@ -143,6 +174,8 @@ class TestLadder:
             (data,) = score(client, lengths=[4, 8], ladder=kind, score_last=3)["data"]
         assert data["num_scored"] == 3
         assert data["nll_sum"] == data["ladder"][1]["nll_sum"] == pytest.approx(nll(*window))
+        mode = {"prefix": "prefix", "suffix": "last"}[kind]
+        assert tuple(data["window"].values()) == (mode, 8, None, 3)
         assert data["num_tokens"] == 11
 
     def test_asked_for_full_window_must_fit(self):
@@ -166,6 +199,12 @@ def test_corpus_sums_over_inputs(client):
         assert rung["nll_sum"] == pytest.approx(one["nll_sum"] + two["nll_sum"])
         assert rung["num_scored"] == one["num_scored"] + two["num_scored"]
     assert answer["usage"]["prompt_tokens"] == 15
+    (bucket,) = corpus["by_position"]
+    assert (bucket["num_scored"], bucket["nll_sum"]) == (13, pytest.approx(corpus["nll_sum"]))
+    # The error of a ratio of sums: inputs, not tokens, are what is drawn.
+    mean = corpus["nll_sum"] / 13
+    squares = sum((item["nll_sum"] - item["num_scored"] * mean) ** 2 for item in (first, second))
+    assert corpus["stderr_between_inputs"] == pytest.approx(math.exp(mean) * math.sqrt(2 * squares) / 13)
 
 
 class TestBos:
@@ -182,6 +221,10 @@ class TestBos:
             (True, "never", [259, 264], [259, 264]),
             (False, "always", [259, 264], [BOS, 259, 264]),
             (False, "always", [BOS, 259, 264], [BOS, 259, 264]),
+            (True, "auto", "<s>the cat", [BOS, 259, 264]),
+            (True, BOS, "the cat", [BOS, 259, 264]),
+            (False, BOS, [259, 264], [BOS, 259, 264]),
+            (False, BOS, [BOS, 259, 264], [BOS, 259, 264]),
         ],
     )
     def test_rule(self, adds, bos, given, read):
@@ -189,6 +232,27 @@ class TestBos:
             (data,) = score(client, input=given, bos=bos, return_token_logprobs=True)["data"]
         assert data["token_ids"] == read
         assert data["num_tokens"] == len(read)
+        begins = read[0] == BOS
+        assert data["bos"] == {
+            "rule": bos,
+            "added": begins and not (given[0] == BOS or "<s>" in given),
+            "token_id": BOS if begins else None,
+            "first_token_scored": begins,
+        }
+
+    def test_any_token_may_take_its_place(self, client):
+        with serving(FakeEngine(adds_bos=True)) as client:
+            (data,) = score(client, input="the cat", bos=EOS, return_token_logprobs=True)["data"]
+        assert data["token_ids"] == [EOS, 259, 264]
+        assert data["bos"] == {"rule": EOS, "added": True, "token_id": EOS, "first_token_scored": True}
+
+    @pytest.mark.parametrize("bos", [-1, 1 << 40, 300, True, 1.0, "sometimes", [1], {}])
+    def test_what_is_no_rule_is_refused(self, client, bos):
+        check_refused(client, PERPLEXITY, {"input": IDS, "bos": bos}, "bos", says="bos")
+
+    def test_a_first_token_outside_the_scored_ones_is_told(self, client):
+        (data,) = score(client, input=[BOS, *IDS], window="last", score_last=2)["data"]
+        assert data["bos"] == {"rule": "auto", "added": False, "token_id": BOS, "first_token_scored": False}
 
     def test_model_without_bos(self, client):
         client.engine.config = client.engine.config.model_copy(update={"bos_token_id": None})
@@ -206,23 +270,6 @@ class TestBos:
         assert data["token_ids"] == ids
 
 
-def test_stream_reports_each_window_then_the_answer(client):
-    body = {"input": [IDS, IDS[:6]], "window": "sliding", "context_length": 4, "stream": True}
-    answer = client.post(PERPLEXITY, json=body)
-    *progress, final = events(answer.text)
-    assert {event["object"] for event in progress} == {"perplexity.progress"}
-    assert [event["windows_done"] for event in progress] == [1, 2, 3, 4, 5, 6, 7]
-    assert {event["windows_total"] for event in progress} == {7}
-    assert sum(event["num_scored"] for event in progress) == final["corpus"]["num_scored"] == 15
-    assert sum(event["nll_sum"] for event in progress) == pytest.approx(final["corpus"]["nll_sum"])
-    for index in (0, 1):
-        shown = [event["window"] for event in progress if event["index"] == index]
-        assert shown == final["data"][index]["windows"]
-    plain = client.post(PERPLEXITY, json={**body, "stream": False}).json()
-    assert final["data"] == plain["data"]
-    assert final["object"] == "perplexity"
-
-
 def test_long_inputs_slide_without_limit_of_the_model():
     with serving(FakeEngine(max_model_len=8)) as client:
         answer = score(client, input="the cat on " * 50, window="sliding", context_length=8)
@@ -232,35 +279,36 @@ def test_long_inputs_slide_without_limit_of_the_model():
         assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
-class TestQueue:
-    def test_full_queue_refuses_a_new_request(self):
-        with serving(FakeEngine(max_num_queued_reqs=0)) as client:
-            answer = client.post(PERPLEXITY, json={"input": IDS})
-            assert answer.status_code == 429
-            assert answer.headers["retry-after"] == "7"
+class TestWords:
+    """Words and bytes as lm-eval counts them, where all of a text is scored."""
 
-    def test_full_queue_does_not_end_a_request_that_is_half_done(self, client, monkeypatch):
-        real, refusals = client.engine.score, []
+    @pytest.mark.parametrize(
+        ("text", "words"), [("the cat", 2), ("the", 1), (" the  cat\n", 4), ("the\u2003cat on\tthe", 4)]
+    )
+    def test_are_counted_where_every_token_is_scored(self, client, text, words):
+        (data,) = score(client, input=text, bos="always")["data"]
+        assert data["num_words"] == words == len(re.split(r"\s+", text))
+        assert data["word_perplexity"] == pytest.approx(math.exp(data["nll_sum"] / words))
+        assert data["num_bytes"] == len(text.encode())
 
-        def score_once_refused(request):
-            if request.request_id.endswith("-5") and not refusals:
-                refusals.append(request)
-                raise QueueFullError("full", retry_after=0)
-            return real(request)
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"input": "the cat on"},
+            {"input": [BOS, 259, 264], "bos": "always"},
+            {"input": "the cat on the cat", "bos": "always", "window": "last", "score_last": 2},
+        ],
+        ids=["the first token has no context", "ids are no text", "a part is scored"],
+    )
+    def test_are_unknown_otherwise(self, client, settings):
+        answer = score(client, **settings)
+        for part in (*answer["data"], answer["corpus"]):
+            assert (part["num_words"], part["word_perplexity"]) == (None, None)
 
-        monkeypatch.setattr(client.engine, "score", score_once_refused)
-        answer = score(client, input=[IDS] * 6)
-        assert refusals
-        assert [item["num_scored"] for item in answer["data"]] == [10] * 6
-
-    def test_a_few_inputs_are_in_the_engine_at_a_time(self, client, monkeypatch):
-        counts = []
-        step = client.engine._step
-
-        async def counting():
-            counts.append(len(client.engine.active))
-            await step()
-
-        monkeypatch.setattr(client.engine, "_step", counting)
-        score(client, input=[IDS] * 20)
-        assert max(counts) == 4
+    def test_add_up_over_inputs(self, client):
+        corpus = score(client, input=["the cat", "the"], bos="always")["corpus"]
+        assert corpus["num_words"] == 3
+        assert corpus["word_perplexity"] == pytest.approx(math.exp(corpus["nll_sum"] / 3))
+        partly = score(client, input=["the cat", "<s>the cat"])
+        assert [part["num_words"] for part in partly["data"]] == [None, 2]
+        assert partly["corpus"]["num_words"] is None

@@ -1,32 +1,26 @@
-"""Windows score what their definitions score, and statistics agree with plain formulas."""
+"""Windows score what their definitions score."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import astuple
-from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dape_engine.errors import ContextLengthError, RequestError, StepError
-from dape_engine.request import Window, WindowScores
-from dape_engine.scoring import (
-    Statistics,
-    by_position,
-    ladder,
-    statistics,
-    windows,
-    with_chunk_bos,
-)
+from dape_engine.errors import ContextLengthError, RequestError
+from dape_engine.request import Window
+from dape_engine.scoring import SETTINGS, WindowMode, ladder, window_settings, with_chunk_bos
 
 thorough = settings(derandomize=True, deadline=None, max_examples=200)
 tokens = st.integers(2, 90)
 lengths = st.integers(2, 40)
+
+
+def windows(mode: WindowMode, num_tokens: int, **options: Any) -> tuple[Window, ...]:
+    return window_settings(mode, num_tokens, **options).windows(num_tokens)
 
 
 def scored(plan: tuple[Window, ...]) -> list[int]:
@@ -119,6 +113,37 @@ def test_half_windows_score_the_second_half_of_complete_chunks(num_tokens: int, 
     assert scored(plan) == [chunk * length + output + 1 for chunk in chunks for output in outputs]
 
 
+@given(st.sampled_from(get_args(WindowMode)), st.integers(3, 90), st.data())
+@thorough
+def test_no_mode_scores_a_token_twice_or_reads_beyond_its_settings(
+    mode: WindowMode, num_tokens: int, data: st.DataObject
+) -> None:
+    limit = data.draw(st.none() | st.integers(num_tokens if mode == "full" else 3, 90))
+    longest = min(limit or 90, num_tokens if mode == "half" else 90)
+    length = data.draw(st.none() | st.integers(3, longest))
+    drawn = {
+        "context_length": length,
+        "stride": data.draw(st.none() | st.integers(1, length or min(num_tokens, longest))),
+        "score_last": data.draw(st.none() | lengths),
+    }
+    options = {name: value for name, value in drawn.items() if name in SETTINGS[mode] and value is not None}
+    plan_settings = window_settings(mode, num_tokens, **options, max_model_len=limit)
+    plan = plan_settings.windows(num_tokens)
+    check(plan, num_tokens, plan_settings.context_length)
+    found = scored(plan)
+    assert found
+    assert found == sorted(set(found))
+    # What was asked for is what is named; only what the mode reads is named at all.
+    named = {"context_length", "stride", "score_last"} & set(SETTINGS[mode]) | {"context_length"}
+    for name in ("context_length", "stride", "score_last"):
+        assert (getattr(plan_settings, name) is not None) == (name in named)
+    for name, value in options.items():
+        assert getattr(plan_settings, name) == value
+    # Named again, the settings give the same windows.
+    again = {name: getattr(plan_settings, name) for name in SETTINGS[mode]}
+    assert windows(mode, num_tokens, **again, max_model_len=limit) == plan
+
+
 def test_chunks_begin_with_bos_where_the_model_has_one() -> None:
     chunks = windows("half", 7, context_length=3)
     text = tuple(range(10, 17))
@@ -195,83 +220,3 @@ def test_ladders_out_of_range_are_refused(
     with pytest.raises(RequestError, match=message) as caught:
         ladder(kind, 300, lengths, **options)
     assert caught.value.param == param
-
-
-logprob_lists = st.lists(st.floats(-30, 0, width=32), max_size=50)
-
-
-@given(logprob_lists)
-@thorough
-def test_statistics_agree_with_the_plain_formulas(logprobs: list[float]) -> None:
-    result = statistics(logprobs, num_bytes=3 * len(logprobs))
-    nll = -np.array(logprobs)
-    assert result.num_scored == len(logprobs)
-    assert result.nll_sum == pytest.approx(nll.sum(), abs=1e-9)
-    if not logprobs:
-        assert result.mean_nll is result.perplexity is result.perplexity_stderr is None
-        assert result.bits_per_byte is None
-        return
-    assert result.mean_nll == pytest.approx(nll.mean(), abs=1e-12)
-    assert result.perplexity == pytest.approx(np.exp(nll.mean()))
-    assert result.bits_per_byte == pytest.approx(np.log2(np.exp(nll)).sum() / (3 * len(logprobs)), abs=1e-12)
-    if len(logprobs) == 1:
-        assert result.perplexity_stderr is None
-    else:
-        perplexity = np.exp(nll.mean())
-        error = perplexity * nll.std(ddof=1) / math.sqrt(len(nll))
-        assert result.perplexity_stderr == pytest.approx(error, rel=1e-6, abs=1e-5 * perplexity)
-
-
-def test_sums_do_not_drift() -> None:
-    assert statistics([-0.1] * 10).nll_sum == 1.0
-
-
-@given(logprob_lists, logprob_lists)
-@thorough
-def test_totals_are_those_of_all_tokens_together(first: list[float], second: list[float]) -> None:
-    total = statistics(first, 5) + statistics(second, 7)
-    whole = statistics([*first, *second], 12)
-    assert astuple(total) == pytest.approx(astuple(whole))
-    assert Statistics() + whole == whole
-    assert (statistics(first, None) + whole).num_bytes is None
-
-
-def test_a_corpus_is_not_the_mean_of_its_texts() -> None:
-    easy, hard = statistics([-1.0] * 99), statistics([-10.0])
-    assert (easy + hard).perplexity == pytest.approx(math.exp(1.09))
-
-
-def test_what_no_float_can_hold_is_none_and_never_infinite() -> None:
-    result = statistics([-1000.0, -1001.0], 4)
-    assert (result.perplexity, result.perplexity_stderr) == (None, None)
-    assert statistics([0.0, -1419.0]).perplexity_stderr is None
-    values = (result.mean_nll, result.perplexity, result.perplexity_stderr, result.bits_per_byte)
-    json.dumps([*astuple(result), *values], allow_nan=False)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_an_error(bad: float) -> None:
-    with pytest.raises(StepError, match="not finite"):
-        statistics([-1.0, bad])
-
-
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 900), st.integers(1, 900)), max_size=4))
-@settings(thorough, max_examples=40)
-def test_buckets_hold_each_token_by_the_context_it_had(shapes: list[tuple[int, int, int]]) -> None:
-    scores = []
-    for start, context, count in shapes:
-        window = Window(start, start + context + count, start + context)
-        scores.append(WindowScores(window, tuple(-(0.5 + i % 7) for i in range(count))))
-    edges = [0, 128, 256, 512, 1024, 2048]
-    buckets = by_position(scores)
-    assert [(b.start, b.end) for b in buckets] == sorted({(b.start, b.end) for b in buckets})
-    found = {(bucket.start, bucket.end): bucket.statistics for bucket in buckets}
-    for start, end in pairwise(edges):
-        expected = [
-            logprob
-            for one in scores
-            for token, logprob in enumerate(one.logprobs, one.window.score_from)
-            if start <= token - one.window.start < end
-        ]
-        assert found.get((start, end), Statistics(num_bytes=None)) == statistics(expected)
-    assert sum(bucket.statistics.num_scored for bucket in buckets) == sum(len(s.logprobs) for s in scores)

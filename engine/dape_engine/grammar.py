@@ -174,6 +174,9 @@ class _Words:
         self._tokenizer = tokenizer
         self.tokens: Sequence[bytes] = [tokenizer.token_bytes(token) for token in range(vocab_size)]
         self.special_token_ids = [token for token in range(vocab_size) if tokenizer.is_special(token)]
+        special = set(self.special_token_ids)
+        self._ids = {raw: token for token, raw in enumerate(self.tokens) if raw and token not in special}
+        self._longest = max(map(len, self._ids), default=0)
         self.bos_token_id = tokenizer.bos_token_id
         self.eos_token_id = eos
         if eos is None:
@@ -183,6 +186,25 @@ class _Words:
             self.special_token_ids.append(vocab_size)
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Return the token ids of a text, as llguidance asks for them."""
-        text = text if isinstance(text, str) else text.decode()
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Return the token ids of a text that the grammar leaves no choice about, special ones excepted."""
+        raw = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(raw.decode(), add_special_tokens=False)
+        special = any(map(self._tokenizer.is_special, ids))
+        exact = b"".join(map(self._tokenizer.token_bytes, ids)) == raw
+        return ids if exact and not special else self._longest_first(raw)
+
+    def _longest_first(self, raw: bytes) -> list[int]:
+        """Return the ids of the longest tokens that the bytes begin with, one after another.
+
+        For texts that spell a special token, or to which the tokenizer adds something of its own.
+        """
+        ids: list[int] = []
+        while raw:
+            size = next(
+                (size for size in range(min(len(raw), self._longest), 0, -1) if raw[:size] in self._ids), 0
+            )
+            if size == 0:
+                break
+            ids.append(self._ids[raw[:size]])
+            raw = raw[size:]
+        return ids

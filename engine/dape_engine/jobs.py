@@ -9,6 +9,8 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
 from typing import Literal
@@ -55,19 +57,28 @@ class Mailbox:
         """Say that nothing more comes, after an error where there was one."""
         self._pending += [None] if error is None else [error, None]
 
-    def flush(self) -> None:
-        """Hand over what was kept; the client's loop wakes once for all of it."""
-        pending, self._pending = self._pending, []
-        if pending and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, pending)
-
     async def get(self) -> object | None:
         """Return the next item, or None at the end."""
         return await self._items.get()
 
-    def _deliver(self, pending: list[object]) -> None:
-        for item in pending:
-            self._items.put_nowait(item)
+    @staticmethod
+    def flush(mailboxes: Iterable[Mailbox]) -> None:
+        """Hand over what was kept; each event loop wakes once for all of its clients."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, list[object]]]] = {}
+        for mailbox in mailboxes:
+            if mailbox._pending:
+                by_loop.setdefault(mailbox._loop, []).append((mailbox, mailbox._pending))
+                mailbox._pending = []
+        for loop, deliveries in by_loop.items():
+            # A loop that is closed has no clients any more.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(Mailbox._deliver, deliveries)
+
+    @staticmethod
+    def _deliver(deliveries: list[tuple[Mailbox, list[object]]]) -> None:
+        for mailbox, items in deliveries:
+            for item in items:
+                mailbox._items.put_nowait(item)
 
 
 class Job(ABC):
@@ -258,7 +269,8 @@ class ScoreJob(Job):
         self.request = request
         self._waiting = deque(enumerate(request.windows))
         self._running: dict[Sequence, tuple[int, Window]] = {}
-        self._done: dict[int, WindowScores] = {}
+        self._ends: dict[Sequence, int] = {}
+        self._unsent: dict[int, list[WindowScores]] = {}
         self._next = 0
 
     def next_sequences(self) -> list[Sequence]:
@@ -280,23 +292,44 @@ class ScoreJob(Job):
         return added
 
     def advance(self, sequence: Sequence, result: ChunkResult) -> bool:  # noqa: ARG002 (see `scored`)
-        if sequence.num_remaining > 0:
-            return False
-        index, window = self._running.pop(sequence)
-        self.num_scored += sequence.num_scored
-        self._done[index] = WindowScores(
-            window,
-            tuple(token.logprob for token in sequence.scored),
-            tuple(token.top for token in sequence.scored) if self.request.top_logprobs else (),
+        index, window = self._running[sequence]
+        ends = sequence.num_remaining == 0
+        last_end = self._ends.get(sequence, 0)
+        end = window.end if ends else min(window.start + sequence.num_computed + 1, window.end - 1)
+        # After a preemption it takes a while until there is more to tell.
+        if ends or (self.request.in_pieces and end > last_end):
+            self._ends[sequence] = end
+            self._unsent.setdefault(index, []).append(self._piece(sequence, window, last_end, end))
+        if ends:
+            del self._running[sequence], self._ends[sequence]
+            self.num_scored += sequence.num_scored
+        self._send()
+        return ends
+
+    def _piece(self, sequence: Sequence, window: Window, last_end: int, end: int) -> WindowScores:
+        """Return the scores of a window's tokens from the end of its last piece to `end`."""
+        first = min(max(window.score_from, last_end), end)
+        scored = sequence.scored[max(0, first - window.score_from) : max(0, end - window.score_from)]
+        ends = end == window.end
+        return WindowScores(
+            Window(window.start, end, first),
+            tuple(token.logprob for token in scored),
+            tuple(token.top for token in scored) if self.request.top_logprobs else (),
             # What it finds again after a preemption may be its own work.
-            num_cached_tokens=0 if sequence.num_preemptions else sequence.num_cached,
+            num_cached_tokens=sequence.num_cached if ends and not sequence.num_preemptions else 0,
         )
-        while self._next in self._done:
-            self.mailbox.put(self._done.pop(self._next))
+
+    def _send(self) -> None:
+        """Send what comes next in the order of the windows."""
+        windows = self.request.windows
+        while (pieces := self._unsent.pop(self._next, None)) is not None:
+            for piece in pieces:
+                self.mailbox.put(piece)
+            if pieces[-1].window.end < windows[self._next].end:
+                return
             self._next += 1
-        if self._next == len(self.request.windows):
+        if self._next == len(windows):
             self.finish("stop")
-        return True
 
     def expire(self) -> None:
         self.finish("abort", deadline_error())

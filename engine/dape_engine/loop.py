@@ -13,13 +13,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from dape_engine.errors import DapeError, EngineStoppedError, QueueFullError, StepError
 from dape_engine.inspection import InspectionJob
-from dape_engine.jobs import GenerationJob, Job
+from dape_engine.jobs import GenerationJob, Job, Mailbox
 from dape_engine.pacing import Pace
 from dape_engine.request import RequestStats, StepStats
 from dape_engine.runner import ChunkResult, ModelRunner, Pass
@@ -120,7 +121,7 @@ class StepLoop:
         for sequence in job.sequences:
             if self._jobs.pop(sequence, None) is not None:
                 self._scheduler.finish(sequence)
-        job.mailbox.flush()
+        Mailbox.flush([job.mailbox])
         self._report(job)
 
     def _expire(self, now: float) -> None:
@@ -137,7 +138,8 @@ class StepLoop:
     def _report(self, job: Job) -> None:
         job.mark(finished=time.monotonic())
         if self._observer is not None:
-            job.context.run(self._observer.on_finished, job.stats())
+            with _logged():
+                job.context.run(self._observer.on_finished, job.stats())
 
     def _run(self) -> None:
         """Run steps until the engine stops: the body of the engine's thread."""
@@ -165,17 +167,22 @@ class StepLoop:
             decoding = any(chunk.sequence.is_decoding for chunk in step.chunks)
             ahead, behind = _split(step.chunks) if decoding else (step.chunks, [])
             states = self._begin(step.chunks, started)
+        computing = time.monotonic()
         results = self._compute(ahead, states)
+        model_seconds = time.monotonic() - computing
         self._pace.observe(ahead, time.monotonic() - started)
         gaps = self._apply(ahead, results)
+        flying = time.monotonic()
         landed, landed_results = self._fly(behind, states, hurry=not decoding)
+        model_seconds += time.monotonic() - flying
         self._apply(landed, landed_results)
         self._steps += 1
         self._progress = time.monotonic()
         chunks, results = [*ahead, *landed], [*results, *landed_results]
         if self._observer is not None:
-            stats = _step_stats(step, chunks, results, gaps, self._progress - started)
-            self._observer.on_step(stats)
+            seconds = (self._progress - started, model_seconds)
+            with _logged():
+                self._observer.on_step(_step_stats(step, chunks, results, gaps, *seconds))
         return True
 
     def _compute(self, chunks: list[Chunk], states: dict[Sequence, SamplerState]) -> list[ChunkResult]:
@@ -272,10 +279,17 @@ class StepLoop:
                     gaps.append(gap)
                 chunk.sequence.scored += result.scored
                 self._scheduler.keep_scores(chunk.sequence)
-                if job.advance(chunk.sequence, result):
+                try:
+                    done = job.advance(chunk.sequence, result)
+                except Exception as error:
+                    logger.exception("the result of a request cannot be used")
+                    del touched[job]
+                    self._fail([job], StepError(f"the result cannot be used: {type(error).__name__}"))
+                    continue
+                if done:
                     self._retire(chunk.sequence, job)
+            Mailbox.flush(job.mailbox for job in touched)
             for job in touched:
-                job.mailbox.flush()
                 if job.finish_reason is not None:
                     self._report(job)
         return gaps
@@ -290,6 +304,15 @@ class StepLoop:
             self._jobs[following] = job
 
 
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Keep the faults of an observer from the engine's work."""
+    try:
+        yield
+    except Exception:
+        logger.exception("an observer has failed")
+
+
 def _split(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
     """Return the chunks that a step computes at once, and background work beside them."""
     ahead = [chunk for chunk in chunks if chunk.sequence.priority <= 0 or chunk.sequence.is_decoding]
@@ -297,7 +320,12 @@ def _split(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
 
 
 def _step_stats(
-    step: Step, chunks: list[Chunk], results: list[ChunkResult], gaps: list[float], seconds: float
+    step: Step,
+    chunks: list[Chunk],
+    results: list[ChunkResult],
+    gaps: list[float],
+    seconds: float,
+    model_seconds: float,
 ) -> StepStats:
     return StepStats(
         seconds=seconds,
@@ -309,4 +337,5 @@ def _step_stats(
         prefix_queries=step.prefix_queries,
         prefix_hits=step.prefix_hits,
         inter_token_seconds=tuple(gaps),
+        model_seconds=model_seconds,
     )

@@ -100,6 +100,12 @@ class ScoreRequest:
     windows: tuple[Window, ...]
     top_logprobs: int = 0
     scheduling: Scheduling = BACKGROUND
+    in_pieces: bool = False
+    """Yield what is known of a window after each step, as scores of windows that begin where it begins.
+
+    The first piece is scored from where the window is, every other one from the end of the last; that of a
+    piece that only reads is its end. The last one ends where the window ends.
+    """
 
 
 @dataclass(frozen=True, slots=True)

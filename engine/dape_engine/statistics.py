@@ -49,13 +49,19 @@ class Statistics:
     def perplexity_stderr(self) -> float | None:
         """Standard error of the perplexity, as llama.cpp prints it.
 
-        By the delta method it is the perplexity times the standard error of `mean_nll`, taking tokens as
-        independent. None for fewer than two tokens or where the perplexity is None.
+        It is that of `mean_nll` with tokens taken as independent. None for fewer than two tokens or where the
+        perplexity is None.
         """
-        if self.mean_nll is None or self.perplexity is None or self.num_scored < 2:
+        if self.mean_nll is None or self.num_scored < 2:
             return None
-        error = self.perplexity * _standard_error(self.num_scored, self.mean_nll, self.nll_square_sum)
-        return error if math.isfinite(error) else None
+        return self.perplexity_error(_standard_error(self.num_scored, self.mean_nll, self.nll_square_sum))
+
+    def perplexity_error(self, error: float | None) -> float | None:
+        """Return the error of the perplexity that an error of `mean_nll` makes, by the delta method."""
+        if error is None or self.perplexity is None:
+            return None
+        product = self.perplexity * error
+        return product if math.isfinite(product) else None
 
     def perplexity_per(self, count: int) -> float | None:
         """Return the perplexity of a unit of which there are `count`, such as a word."""
@@ -73,26 +79,10 @@ def statistics(logprobs: Sequence[float], num_bytes: int | None = None) -> Stati
     Raises:
         StepError: a value is not finite.
     """
-    if not all(map(math.isfinite, logprobs)):
+    values = np.array(logprobs, dtype=np.float64)
+    if not np.isfinite(values).all():
         raise StepError("a log-probability is not finite")
-    squares = math.fsum(logprob * logprob for logprob in logprobs)
-    return Statistics(len(logprobs), -math.fsum(logprobs), squares, num_bytes)
-
-
-def clustered_stderr(texts: Sequence[Statistics]) -> float | None:
-    """Return the standard error of the perplexity of several texts together, taking texts as independent.
-
-    Tokens of one text are alike in difficulty, so this is the honest error of a corpus of many texts. It
-    is the perplexity times the error of a ratio of sums, NLL over tokens, between texts. None for fewer than
-    two texts with scored tokens, or where the perplexity is None.
-    """
-    texts = [text for text in texts if text.num_scored]
-    total = sum(texts, Statistics())
-    if len(texts) < 2 or total.mean_nll is None or total.perplexity is None:
-        return None
-    squares = math.fsum((text.nll_sum - text.num_scored * total.mean_nll) ** 2 for text in texts)
-    error = total.perplexity * math.sqrt(squares * len(texts) / (len(texts) - 1)) / total.num_scored
-    return error if math.isfinite(error) else None
+    return Statistics(len(logprobs), -math.fsum(logprobs), float(values @ values), num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +141,29 @@ def paired_difference(
     return PairedDifference(
         len(nll), math.fsum(nll), math.fsum(reference), math.fsum(np.square(nll - reference))
     )
+
+
+def stderr_between(parts: Iterable[Statistics | PairedDifference]) -> float | None:
+    """Return the standard error of the mean NLL, or mean difference, of several texts' tokens together.
+
+    Texts are taken as independent, not their tokens: tokens of one text are alike, so this is the honest
+    error of a corpus of many texts. It is the error of a ratio of two sums, values over tokens. None for
+    fewer than two texts with tokens.
+    """
+    sums = [_sum_and_count(part) for part in parts]
+    sums = [(value, count) for value, count in sums if count]
+    if len(sums) < 2:
+        return None
+    total = sum(count for _, count in sums)
+    mean = math.fsum(value for value, _ in sums) / total
+    squares = math.fsum((value - count * mean) ** 2 for value, count in sums)
+    return math.sqrt(squares * len(sums) / (len(sums) - 1)) / total
+
+
+def _sum_and_count(part: Statistics | PairedDifference) -> tuple[float, int]:
+    if isinstance(part, Statistics):
+        return part.nll_sum, part.num_scored
+    return part.nll_sum - part.reference_nll_sum, part.num_paired
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,25 @@ def write_json(path: Path, content: Any) -> None:
         raise SettingsError(f"cannot write {path}: {error.strerror}") from error
 
 
-def plot_lengths(path: Path, curves: Mapping[str, Sequence[tuple[int, float, float]]], title: str) -> None:
-    """Draw perplexity over context length, one curve of (length, perplexity, error) per name."""
+def plot_lengths(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[int, float, float]]],
+    title: str,
+    references: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    xlabel: str = "context length (tokens)",
+) -> None:
+    """Draw perplexity over context length to a PNG.
+
+    Args:
+        path: of the file.
+        curves: points of (length, perplexity, error) by name.
+        title: above the picture.
+        references: by the same names, points of (length, perplexity) to compare with, drawn dashed.
+        xlabel: what the lengths are.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -93,11 +110,15 @@ def plot_lengths(path: Path, curves: Mapping[str, Sequence[tuple[int, float, flo
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, points in curves.items():
         lengths, values, errors = zip(*points, strict=True)
-        axes.errorbar(lengths, values, errors, marker="o", capsize=3, label=name)
+        line, *_ = axes.errorbar(lengths, values, errors, marker="o", capsize=3, label=name)
+        if references is not None and references[name]:
+            lengths, values = zip(*references[name], strict=True)
+            label = f"{name}: reference"
+            axes.plot(lengths, values, "o--", color=line.get_color(), markerfacecolor="white", label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted({length for points in curves.values() for length, _, _ in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set(xlabel="context length (tokens)", ylabel="perplexity", title=title)
+    axes.set(xlabel=xlabel, ylabel="perplexity", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     try:
