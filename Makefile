@@ -10,7 +10,7 @@ LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-all sanitize lint format bench clean
+.PHONY: help serve test test-all sanitize load-test lint format bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -43,7 +43,11 @@ sanitize: $(VENV)/.dev ## run the kernel tests with AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		DAPE_CPU_LIBRARY=$(VENV)/sanitize/libdape_cpu.so \
-		$(BIN)/pytest -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py $(ARGS)
+		$(BIN)/pytest -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py \
+		tests/test_cpu_decoder.py $(ARGS)
+
+load-test: $(VENV)/.dev ## two minutes of load on a server started for it; fails on any failed request
+	$(BIN)/python load_tests/smoke.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -55,9 +59,10 @@ format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.serve ## measure the kernels and the engine on this machine
+bench: $(VENV)/.serve ## measure kernels, engine and server on this machine
 	$(BIN)/dape bench kernels --json benchmarks/results/kernels.json
 	$(BIN)/dape bench engine --json benchmarks/results/engine.json $(ARGS)
+	$(BIN)/dape bench serve --json benchmarks/results/serve.json
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,7 +1,8 @@
-"""Fill the tables of the README and of the model cards with measured numbers: none is typed by hand.
+"""Fill the tables of the README, the model cards and docs/load_testing.md: no number is typed by hand.
 
 Reads docs/results/extrapolation.json (`dape evaluate --json`), and of benchmarks/results engine.json (`dape
-bench engine --json`) and engine-llama.cpp.json (the same with `--dtype bfloat16 --peer llama.cpp`).
+bench engine --json`), engine-llama.cpp.json (the same with `--dtype bfloat16 --peer llama.cpp`), serve.json
+(`dape bench serve --json`) and load.json (`load_tests/smoke.py --json`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ def main() -> None:
     text = replace(text, "speed", speed(read("benchmarks/results/engine.json")))
     text = replace(text, "peer", beside_peer(read("benchmarks/results/engine-llama.cpp.json")))
     readme.write_text(text)
+    page = REPOSITORY / "docs/load_testing.md"
+    text = replace(page.read_text(), "serve", serving(read("benchmarks/results/serve.json")))
+    page.write_text(replace(text, "load", phases(read("benchmarks/results/load.json"))))
 
 
 def read(path: str) -> Any:
@@ -109,6 +113,89 @@ def beside_peer(results: Any) -> str:
                 cells.append(f"{peer['engine_over_peer'][group][case]:.1f}")
             rows.append(cells)
     return f"{circumstances(results)}\n\n" + markdown(header, rows)
+
+
+def serving(results: Any) -> str:
+    """Return what streaming clients see, beside a peer where there was one, and scoring over HTTP."""
+    labels = {
+        "output_tokens_per_s": ("output tokens/s", 1),
+        "ttft_ms_p50": ("TTFT p50, ms", 1),
+        "ttft_ms_p95": ("TTFT p95, ms", 1),
+        "itl_ms_p50": ("ITL p50, ms", 1),
+        "itl_ms_p95": ("ITL p95, ms", 1),
+        "step_share": ("engine steps, % of the time", 100),
+        "model_share": ("of that model and sampler, % of the time", 100),
+        "client_cores": ("client, % of a core", 100),
+    }
+    models: dict[str, Any] = results["models"]
+    plan = results["plan"]
+    header = [f"{plan['streams']} streams, {plan['prompt_tokens']} in, {plan['output_tokens']} out"]
+    for name, figures in models.items():
+        header += [name, *([figures["peer"]["name"], "ratio"] if "peer" in figures else [])]
+    rows = []
+    for key, (label, scale) in labels.items():
+        cells = [label]
+        for figures in models.values():
+            cells.append(rounded(figures["streaming"].get(key), scale))
+            if "peer" in figures:
+                peer = figures["peer"]
+                cells += [rounded(peer["streaming"].get(key), scale)]
+                cells += [rounded(peer["own_over_peer"].get(key))]
+        rows.append(cells)
+    for label, pick in (
+        ("the engine without HTTP, tokens/s", lambda figures: figures["engine_alone_tokens_per_s"]),
+        *(
+            (
+                f"scoring {length} tokens, tokens/s",
+                lambda figures, n=length: figures["scored_tokens_per_s"][n],
+            )
+            for length in map(str, plan["scored_lengths"])
+        ),
+    ):
+        cells = [label]
+        for figures in models.values():
+            cells += [rounded(pick(figures)), *(["", ""] if "peer" in figures else [])]
+        rows.append(cells)
+    return f"{circumstances(results)}\n\n" + markdown(header, rows)
+
+
+def phases(results: Any) -> str:
+    """Return requests, throughput and times of every phase and kind of request."""
+    header = [
+        "phase",
+        "requests",
+        "refused",
+        "requests/s",
+        "output tokens/s",
+        "TTFT, ms",
+        "ITL, ms",
+        "E2E, ms",
+    ]
+    rows = []
+    extras = []
+    for phase, result in results.items():
+        for kind, figures in result["figures"].items():
+            if kind == "all":
+                continue
+            counts = [f"{figures[name]:,}" for name in ("requests", "refused")]
+            speeds = [rounded(figures.get(name)) for name in ("requests_per_s", "output_tokens_per_s")]
+            times = [figures.get(name) for name in ("ttft_ms", "itl_ms", "e2e_ms")]
+            spans = [
+                " / ".join(rounded(time[p]) for p in ("p50", "p95", "p99")) if time else "" for time in times
+            ]
+            rows.append([f"{phase}: {kind}", *counts, *speeds, *spans])
+        extras += [
+            f"{phase}: {name.replace('_', ' ')} {rounded(value)}" for name, value in result["extra"].items()
+        ]
+    return markdown(header, rows) + "\n\nTimes are p50 / p95 / p99. Besides: " + "; ".join(extras) + "."
+
+
+def rounded(value: float | None, scale: float = 1) -> str:
+    """Return three digits or so; nothing for what was not measured."""
+    if value is None:
+        return ""
+    value *= scale
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def circumstances(results: Any) -> str:

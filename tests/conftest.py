@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def golden(request: pytest.FixtureRequest) -> Golden:
     """One golden file; a test that asks for it runs once per file."""
     return Golden.load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what `dape serve` does to the logging of its process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.handlers += [handler for handler in handlers if handler not in root.handlers]
+    root.setLevel(level)
 
 
 CPU = [f"cpu-{name}" for name in BUILDS]

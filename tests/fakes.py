@@ -10,20 +10,27 @@ import asyncio
 import json
 import math
 import re
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
+import torch
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from dape_engine.config import ModelConfig, PositionConfig
 from dape_engine.detokenizer import OutputText
 from dape_engine.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
+from dape_engine.inspection import Inspection, InspectionRequest, LayerBias, check_inspection, thinned
 from dape_engine.request import (
+    TIMED_OUT,
     EngineState,
     FinishReason,
     GenerationOutput,
     GenerationRequest,
+    PromptProgress,
     SamplingParams,
     ScoreRequest,
     TokenLogprob,
@@ -78,6 +85,7 @@ class FakeEngine:
         max_num_queued_reqs: int = 200,
         script: str = "on the cat",
         ends: bool = False,
+        chat_template: str | None = None,
     ):
         tokenizer = byte_tokenizer(adds_bos=adds_bos)
         self.config = ModelConfig(
@@ -92,18 +100,20 @@ class FakeEngine:
             eos_token_id=EOS,
             position=PositionConfig(kind="kerple"),
         )
-        self.tokenizer = TextTokenizer(tokenizer, self.config)
+        self.tokenizer = TextTokenizer(tokenizer, self.config, chat_template)
         self.model_name = "fake"
         self.max_model_len = max_model_len
         self.script = [*self.tokenizer.encode(script, add_special_tokens=False), *([EOS] if ends else [])]
         self.num_blocks = num_blocks
+        self.block_size = BLOCK_SIZE
+        self.backend_name = "fake"
         self.limit = max_num_queued_reqs
         self.gate = asyncio.Event()
         self.gate.set()
         self.fails_with: Exception | None = None
         self.failure: str | None = None
         self.seconds_since_progress = 0.0
-        self.requests: list[GenerationRequest | ScoreRequest] = []
+        self.requests: list[GenerationRequest | ScoreRequest | InspectionRequest] = []
         self.active: dict[str, int] = {}
         self.aborted: list[str] = []
         self.steps = 0
@@ -126,6 +136,7 @@ class FakeEngine:
         return EngineState(
             running=len(self.active),
             waiting=0,
+            waiting_tokens=0,
             free_blocks=self.free_blocks,
             total_blocks=self.num_blocks,
             cached_blocks=0,
@@ -148,18 +159,30 @@ class FakeEngine:
             echoed = self._prompt_logprobs(request)
             text = OutputText(self.tokenizer, sampling)
             tokens = list(prompt)
+            constraint, deadline = request.constraint, request.scheduling.deadline
+            for processed in (len(prompt) // 2, len(prompt)) if request.report_progress else ():
+                yield GenerationOutput("", (), progress=PromptProgress(len(prompt), 1, processed, 0.25))
             if sampling.max_tokens == 0:
                 await self._step()
                 yield GenerationOutput("", (), prompt_logprobs=echoed, finish_reason="length")
             for count in range(1, sampling.max_tokens + 1):
                 await self._step()
-                token = self._draw(sampling, count - 1)
+                if deadline is not None and time.monotonic() > deadline:
+                    yield GenerationOutput(text.flush(), (), finish_reason="length", stop_reason=TIMED_OUT)
+                    return
+                token = self._allowed(self._draw(sampling, count - 1), request)
+                if constraint is not None:
+                    constraint.append(token)
+                    if constraint.error is not None:
+                        raise constraint.error
                 delta = text.push(token)
                 finish: FinishReason | None = delta.finish_reason
                 tail = ""
+                if finish is None and constraint is not None and constraint.is_complete:
+                    finish, tail = "stop", text.flush()
                 if finish is None and count == sampling.max_tokens:
                     finish, tail = "length", text.flush()
-                entry = self._entry(tokens, token, sampling.logprobs or 0)
+                entry = self._entry(tokens, token, sampling.logprobs or 0, sampling.logprob_token_ids)
                 tokens.append(token)
                 yield GenerationOutput(
                     text=delta.text + tail,
@@ -188,7 +211,18 @@ class FakeEngine:
                     for place in range(first, len(tokens))
                 ]
                 top = tuple(entry.top for entry in entries) if request.top_logprobs else ()
-                yield WindowScores(window, tuple(entry.logprob for entry in entries), top)
+                logprobs = tuple(entry.logprob for entry in entries)
+                yield WindowScores(window, logprobs, top, num_cached_tokens=window.start)
+
+    async def inspect(self, request: InspectionRequest) -> Inspection:
+        self._check(request.token_ids)
+        check_inspection(request, self.config.num_hidden_layers, self.config.num_attention_heads)
+        with self._admitted(request, request.query + 1):
+            await self._step()
+            keys = thinned(request.query + 1, request.max_keys)
+            distance = request.query - np.array([keys] * len(request.heads), dtype=np.float32)
+            bias = LayerBias(0, np.cos(distance), -distance, np.sin(distance) - distance)
+            return Inspection(tuple(replace(bias, layer=layer) for layer in request.layers), keys, 0)
 
     def _check(self, token_ids: tuple[int, ...]) -> None:
         if not token_ids:
@@ -197,7 +231,9 @@ class FakeEngine:
             raise RequestError("unknown token id", param="prompt")
 
     @contextmanager
-    def _admitted(self, request: GenerationRequest | ScoreRequest, tokens: int) -> Iterator[None]:
+    def _admitted(
+        self, request: GenerationRequest | ScoreRequest | InspectionRequest, tokens: int
+    ) -> Iterator[None]:
         if self.stopped:
             raise EngineStoppedError("the engine has stopped")
         if len(self.active) >= self.limit:
@@ -227,6 +263,16 @@ class FakeEngine:
         shift = (sampling.seed or 0) if sampling.temperature > 0 else 0
         return self.script[(place + shift) % len(self.script)]
 
+    def _allowed(self, token: int, request: GenerationRequest) -> int:
+        """Return the token, or the first one that may stand in its place."""
+        wishes = torch.zeros(self.config.vocab_size)
+        wishes[token] = 1
+        if request.constraint is not None:
+            request.constraint.restrict(wishes)
+        if request.sampling.allowed_token_ids:
+            wishes[list(request.sampling.allowed_token_ids)] += 2
+        return int(wishes.argmax())
+
     def _prompt_logprobs(self, request: GenerationRequest) -> tuple[TokenLogprob | None, ...] | None:
         if request.prompt_logprobs is None:
             return None
@@ -236,10 +282,17 @@ class FakeEngine:
             for place in range(1, len(prompt))
         )
 
-    def _entry(self, before: tuple[int, ...] | list[int], token: int, top: int) -> TokenLogprob:
+    def _entry(
+        self,
+        before: tuple[int, ...] | list[int],
+        token: int,
+        top: int,
+        others: tuple[int, ...] = (),
+    ) -> TokenLogprob:
         values = [logprob(before[-1], other, len(before)) for other in range(self.config.vocab_size)]
         likeliest = sorted(range(len(values)), key=lambda other: (-values[other], other))[:top]
-        return TokenLogprob(token, values[token], tuple((other, values[other]) for other in likeliest))
+        shown = dict.fromkeys((*likeliest, *others))
+        return TokenLogprob(token, values[token], tuple((other, values[other]) for other in shown))
 
 
 @contextmanager

@@ -238,8 +238,8 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(client, letter, 
 
 
 def test_texts_are_bounded_in_all(client):
-    texts = ["x" * 1_100_000] * 4
-    check_refused(client, PERPLEXITY, {"input": texts, "window": "last"}, "input", says=str(4 << 20))
+    texts = ["x" * 3_200_000] * 4
+    check_refused(client, PERPLEXITY, {"input": texts, "window": "last"}, "input", says=str(12 << 20))
 
 
 def test_input_tokens_are_bounded(client):

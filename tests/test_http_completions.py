@@ -31,6 +31,7 @@ def test_plain_answer_has_openai_shape(client):
     answer = complete(client)
     assert answer.pop("id").startswith("cmpl-")
     assert answer.pop("created") > 1_700_000_000
+    assert answer.pop("system_fingerprint").startswith("fp_")
     assert answer == {
         "object": "text_completion",
         "model": "fake",

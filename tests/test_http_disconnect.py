@@ -13,9 +13,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from dape_engine.engine import AsyncEngine
+from dape_engine.options import EngineOptions
 from dape_server.app import create_app
 from dape_server.settings import ServerSettings
 from fakes import COMPLETIONS, PERPLEXITY, FakeEngine, events
+from models import write_model
 
 IDS = [259, 264, 70, 71, 259, 80, 81, 264]
 
@@ -178,6 +181,26 @@ async def test_others_do_not_notice(stream):
 def choices(client, stream):
     text = client.received.decode()
     return [answer["choices"] for answer in (events(text) if stream else [json.loads(text)])]
+
+
+async def test_leaving_ends_a_long_scoring_between_two_chunks(tmp_path):
+    folder = write_model(tmp_path / "tiny")
+    engine = AsyncEngine(folder, EngineOptions(kv_cache_memory=1 << 20, max_num_batched_tokens=32))
+    async with running(engine) as app:
+        body = {"input": [list(range(1, 280))] * 40, "window": "sliding", "context_length": 200, "stride": 20}
+        client = Client(app, PERPLEXITY, body)
+        await until(lambda: engine.state().steps >= 3)
+        client.leave()
+        await client.task
+        await until(lambda: engine.state().running + engine.state().waiting == 0)
+        steps = engine.state().steps
+        # A window of 200 tokens takes 7 steps, the whole request thousands of tokens.
+        assert steps < 40 * 279 // 32
+        assert engine.state().free_blocks == engine.state().total_blocks
+        assert client.status is None
+        other = Client(app, PERPLEXITY, {"input": [*IDS[:2], 5, 6]})
+        await other.task
+        assert other.status == 200
 
 
 async def test_a_client_that_stays_is_not_aborted():

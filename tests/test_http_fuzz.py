@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dape_server.protocol.chat import ChatRequest
 from dape_server.protocol.completions import CompletionRequest
 from dape_server.protocol.perplexity import PerplexityRequest
 from dape_server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
@@ -15,6 +16,7 @@ from fakes import JSON, FakeEngine, serving
 
 BODIES = {
     "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
     "/v1/perplexity": PerplexityRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -33,11 +35,12 @@ VALUES |= st.dictionaries(st.text("0123456789", max_size=3), SCALARS, max_size=3
 INPUTS = st.sampled_from(
     ["the cat on the cat", [259, 264, 70, 71], ["the cat", "on on"], [[5, 6, 7], [8, 9]]]
 )
+MESSAGES = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture(scope="module")
 def client():
-    with serving(FakeEngine(max_model_len=32)) as client:
+    with serving(FakeEngine(max_model_len=32, chat_template="{{ messages[0].content }}")) as client:
         yield client
 
 
@@ -50,6 +53,8 @@ def test_any_body_is_served_or_refused(client, path, data):
     for required in ("prompt", "input"):
         if required in BODIES[path].model_fields:
             body.setdefault(required, data.draw(INPUTS))
+    if "messages" in BODIES[path].model_fields and path != "/tokenize":
+        body.setdefault("messages", MESSAGES)
     answer = client.post(path, content=json.dumps(body), headers=JSON)
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:

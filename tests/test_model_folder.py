@@ -53,6 +53,14 @@ def test_a_model_is_read_back_as_it_was_written(settings: dict[str, Any], tmp_pa
         assert torch.equal(model.final_linear.weight, model.word_embeddings.weight)
 
 
+def test_other_programs_are_told_of_the_tokenizers_special_tokens(folder: Path) -> None:
+    description = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer, config = TextTokenizer.load(folder, load_config(folder)), load_config(folder)
+    assert tokenizer.encode(description["bos_token"]) == [config.bos_token_id]
+    assert tokenizer.encode(description["eos_token"]) == [config.eos_token_id]
+    assert description["model_max_length"] == config.max_model_len
+
+
 def test_positional_parameters_stay_float32_in_a_half_precision_model(folder: Path) -> None:
     model = load_model(folder, torch.bfloat16, CPU)
     assert model.word_embeddings.weight.dtype == torch.bfloat16

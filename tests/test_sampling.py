@@ -295,3 +295,91 @@ def test_a_greedy_tokens_logprob_equals_the_best_alternatives_to_the_bit() -> No
     states = [state(vocab_size=333, temperature=0.0, logprobs=1 + row % 3) for row in range(40)]
     for entry in sample(logits, states):
         assert entry.top[0] == (entry.token_id, entry.logprob)
+
+
+class TestRestrictions:
+    def test_only_allowed_tokens_are_drawn(self) -> None:
+        found = frequencies([5.0, 1.0, 0.0, 4.0], 2000, [], allowed_token_ids=(1, 2))
+        chances = np.exp([1.0, 0.0])
+        assert found[[0, 3]].sum() == 0
+        assert found[1] == pytest.approx(chances[0] / chances.sum(), abs=0.04)
+
+    def test_filters_and_greedy_work_within_what_is_allowed(self) -> None:
+        logits = [9.0, 1.0, 0.0, 8.0]
+        assert draw(logits, allowed_token_ids=(1, 2), temperature=0) == 1
+        assert draw(logits, allowed_token_ids=(1, 2), top_k=1) == 1
+        assert draw(logits, allowed_token_ids=(1, 2), min_p=0.9) == 1
+
+    def test_what_is_allowed_wins_over_everything_that_forbids_it(self) -> None:
+        assert draw([9.0, 1.0], allowed_token_ids=(0,), min_tokens=5) == EOS
+        assert draw([9.0, 1.0], allowed_token_ids=(1,), bad_words=((1,),)) == 1
+
+    def test_one_row_restricts_no_other(self) -> None:
+        logits = torch.tensor([[9.0, 1.0, 0.0]] * 2)
+        rows = [
+            state(vocab_size=3, allowed_token_ids=(1,), temperature=0),
+            state(vocab_size=3, temperature=0),
+        ]
+        assert [entry.token_id for entry in sample(logits, rows)] == [1, 0]
+        assert logits.isfinite().all()
+
+    def test_logprobs_stay_the_models_own(self) -> None:
+        logits = torch.tensor([[9.0, 1.0, 0.0]])
+        restricted = state(vocab_size=3, allowed_token_ids=(1, 2), logprobs=1, temperature=0)
+        (entry,) = sample(logits, [restricted])
+        expected = logits.log_softmax(-1)[0]
+        assert entry.logprob == pytest.approx(expected[1].item())
+        assert entry.top == ((0, pytest.approx(expected[0].item())),)
+
+
+class TestBadWords:
+    LOGITS = [0.0, 1.0, 2.0, 3.0, 4.0]
+
+    def after(self, generated: list[int], *words: tuple[int, ...], **params: Any) -> int:
+        one = state(PROMPT, vocab_size=5, temperature=0, bad_words=words, **params)
+        for token in generated:
+            one.append(token)
+        return sample(torch.tensor([self.LOGITS]), [one])[0].token_id
+
+    def test_single_token_is_never_drawn(self) -> None:
+        assert self.after([], (4,), (3,)) == 2
+
+    def test_last_token_of_a_word_is_held_back_behind_the_rest_of_it_only(self) -> None:
+        word = (1, 2, 4)
+        assert self.after([], word) == 4
+        assert self.after([2], word) == 4
+        assert self.after([1, 2], word) == 3
+        assert self.after([0, 3, 1, 2], word) == 3
+        assert self.after([1, 2, 0], word) == 4
+
+    def test_words_of_several_lengths_are_kept_apart(self) -> None:
+        assert self.after([1, 2], (1, 2, 4), (2, 3), (0,)) == 2
+        assert self.after([2], (1, 2, 4), (2, 3), (0,)) == 4
+
+    def test_the_prompt_is_no_beginning_of_a_word(self) -> None:
+        one = state([1], vocab_size=5, temperature=0, bad_words=((1, 4),))
+        assert sample(torch.tensor([self.LOGITS]), [one])[0].token_id == 4
+
+
+class TestAskedTokens:
+    def test_are_reported_beside_the_likeliest(self) -> None:
+        logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+        expected = logits.log_softmax(-1)[0].tolist()
+        asking = state(vocab_size=4, temperature=0, logprobs=2, logprob_token_ids=(0, 3, 0))
+        (entry,) = sample(logits, [asking])
+        # Token 3 is among the likeliest already.
+        assert [token for token, _ in entry.top] == [1, 3, 0]
+        assert [value for _, value in entry.top] == pytest.approx([expected[1], expected[3], expected[0]])
+
+    def test_without_the_likeliest(self) -> None:
+        rows = [state(logprobs=0, logprob_token_ids=(5, 6)), state(logprobs=1), state()]
+        entries = sample(torch.arange(7.0).repeat(3, 1), rows)
+        assert [[token for token, _ in entry.top] for entry in entries] == [[5, 6], [6], []]
+
+
+@pytest.mark.parametrize("field", ["allowed_token_ids", "logprob_token_ids", "stop_token_ids"])
+def test_unknown_token_is_refused_by_field(field: str) -> None:
+    with pytest.raises(RequestError, match=field):
+        state(vocab_size=7, **{field: (7,)})
+    with pytest.raises(RequestError, match="bad_words"):
+        state(vocab_size=7, bad_words=((1, 7),))

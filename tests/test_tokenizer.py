@@ -17,6 +17,7 @@ from dape_engine.detokenizer import IncrementalDetokenizer, OutputText, StopChec
 from dape_engine.errors import ModelFolderError, RequestError
 from dape_engine.request import SamplingParams
 from dape_engine.tokenizer import TextTokenizer
+from dape_engine.weights import SHIPPED, load_config
 
 END = "<|endoftext|>"
 ADDED = "<été now>"
@@ -292,3 +293,54 @@ def test_without_a_stop_the_output_is_the_full_decoding(tokens: list[int], skip:
     text, pieces = write(list(tokens), ignore_eos=True, skip_special_tokens=skip)
     assert text == TOKENIZER.decode(tokens, skip_special_tokens=skip)
     assert len(pieces) == len(tokens)
+
+
+class TestChatTemplate:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        byte_level().save(str(tmp_path / "tokenizer.json"))
+        return tmp_path
+
+    def test_none_in_most_folders(self, folder: Path) -> None:
+        assert TextTokenizer.load(folder, config()).chat_template is None
+        (folder / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+        assert TextTokenizer.load(folder, config()).chat_template is None
+
+    @pytest.mark.parametrize("name", ["dape-kerple-8m", "kerple-8m"])
+    def test_none_in_shipped_models(self, name: str) -> None:
+        folder = SHIPPED / name
+        assert TextTokenizer.load(folder, load_config(folder)).chat_template is None
+
+    @pytest.mark.parametrize(
+        "value",
+        ["é{{ x }}", [{"name": "tool", "template": "t"}, {"name": "default", "template": "é{{ x }}"}]],
+    )
+    def test_in_the_tokenizers_settings(self, folder: Path, value: object) -> None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert TextTokenizer.load(folder, config()).chat_template == "é{{ x }}"
+
+    def test_its_own_file_goes_first(self, folder: Path) -> None:
+        (folder / "tokenizer_config.json").write_text('{"chat_template": "old"}')
+        (folder / "chat_template.jinja").write_text("new\n", encoding="utf-8")
+        assert TextTokenizer.load(folder, config()).chat_template == "new\n"
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"{",
+            b"[]",
+            b'{"chat_template": 5}',
+            b'{"chat_template": [5]}',
+            b'{"chat_template": [{"name": "default"}]}',
+            b"\xff\xfe",
+        ],
+    )
+    def test_damaged_settings_are_named(self, folder: Path, content: bytes) -> None:
+        (folder / "tokenizer_config.json").write_bytes(content)
+        with pytest.raises(ModelFolderError, match=r"chat.template"):
+            TextTokenizer.load(folder, config())
+
+    def test_template_that_is_no_text(self, folder: Path) -> None:
+        (folder / "chat_template.jinja").write_bytes(b"\xff")
+        with pytest.raises(ModelFolderError, match="cannot read the chat template"):
+            TextTokenizer.load(folder, config())

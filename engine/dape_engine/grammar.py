@@ -8,7 +8,6 @@ it is compiled, and a text whose grammar outgrows its limits later ends with an 
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeAlias
@@ -29,9 +28,9 @@ MAX_REGEX_CHARS: Final = 4096
 MAX_CHOICES: Final = 1024
 MAX_GRAMMAR_BYTES: Final = 16 << 10
 """Of a grammar or of all choices together."""
-MAX_RULES: Final = 256
-"""Rules of a grammar, or references in a schema: the library follows them by recursion, and a chain of
-some thousands would end the process."""
+MAX_NESTING: Final = 400
+"""Bound on how deep rules, brackets, schemas and references can lead into each other: the library follows
+them by recursion, and something above a thousand levels would end the process."""
 
 LIMITS: Final = LLParserLimits(
     step_lexer_fuel=100_000,
@@ -41,7 +40,6 @@ LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 """Some milliseconds a token and some megabytes a text at most."""
-REFERENCE = re.compile(r"ref\"", re.IGNORECASE)
 SHOWN_CHARS: Final = 160
 
 
@@ -135,7 +133,7 @@ def _source_text(kind: Kind, source: Any, field: str) -> str:
     if kind == "json":
         schema = json.dumps(source)
         _bound(field, len(schema), "bytes", MAX_SCHEMA_BYTES)
-        _bound(field, len(REFERENCE.findall(schema)), "references", MAX_RULES)
+        _bound(field, _nesting(source), "levels of nesting and references", MAX_NESTING)
         return LLMatcher.grammar_from_json_schema(
             schema, defaults={"whitespace_flexible": False}, overrides={"lenient": False}
         )
@@ -148,11 +146,29 @@ def _source_text(kind: Kind, source: Any, field: str) -> str:
         _bound(field, len(grammar), "bytes", MAX_GRAMMAR_BYTES)
         return LLMatcher.grammar_from_lark(grammar)
     _bound(field, len(source.encode()), "bytes", MAX_GRAMMAR_BYTES)
-    _bound(field, source.replace("::=", ":").count(":"), "rules (colons)", MAX_RULES)
+    levels = source.replace("::=", ":").count(":") + source.count("(")
+    _bound(field, levels, "rules and brackets (colons and opening parentheses)", MAX_NESTING)
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(source))
     except Exception as error:  # the library raises nothing narrower
         raise _refusal(field, str(error)) from error
+
+
+def _nesting(schema: Any) -> int:
+    """Return a bound on how many parts of a schema can lead into each other.
+
+    No more than there are lists and objects, nor than one way down per reference, and the first.
+    """
+    parts = references = deepest = 0
+    level = [schema]
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        deepest += 1
+        parts += len(level)
+        references += sum(
+            key.lower().endswith("ref") for part in level if isinstance(part, dict) for key in part
+        )
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return min(parts, deepest * (references + 1))
 
 
 def _bound(field: str, size: int, unit: str, limit: int) -> None:

@@ -116,7 +116,7 @@ class TokenLogprob:
     logprob: float
     """Natural logarithm, of the model's distribution before temperature, penalties and filters."""
     top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability), most likely first."""
+    """(token id, log-probability), most likely first; then those of `logprob_token_ids`, as asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from dape_engine.config import ModelConfig
+from dape_engine.grammar import GrammarCompiler
+from dape_engine.inspection import Inspection, InspectionRequest
 from dape_engine.request import (
     EngineState,
     GenerationOutput,
@@ -17,6 +21,7 @@ from dape_engine.request import (
     WindowScores,
 )
 from dape_engine.tokenizer import TextTokenizer
+from dape_server.chat import ChatTemplate
 from dape_server.errors import HttpError, shorten
 from dape_server.lifecycle import Lifecycle
 from dape_server.metrics import Metrics
@@ -43,6 +48,14 @@ class Engine(Protocol):
     def max_model_len(self) -> int:
         """Longest sequence in tokens."""
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of one cache block."""
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the attention backend."""
+
     def start(self) -> None:
         """Start the engine's thread."""
 
@@ -58,6 +71,9 @@ class Engine(Protocol):
     def score(self, request: ScoreRequest) -> AsyncGenerator[WindowScores, None]:
         """Yield the scores of each window in order; closing aborts the rest."""
 
+    async def inspect(self, request: InspectionRequest) -> Inspection:
+        """Return what one query sees of its keys; cancelling aborts it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -68,8 +84,15 @@ class Context:
     metrics: Metrics
     lifecycle: Lifecycle
     texts: TextService
+    grammars: GrammarCompiler
+    chat: ChatTemplate | None
+    """None: the model has no chat template."""
     started: int
     """Unix time in seconds."""
+    fingerprint: str
+    """Of model, dtype and version: answers of equal fingerprints and seeds are equal."""
+    compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """Grammars are compiled one at a time: each may take a core for a while."""
 
     @property
     def model_name(self) -> str:
@@ -89,6 +112,12 @@ class Context:
                 code="model_not_found",
                 param="model",
             )
+
+
+def fingerprint(engine: Engine, version: str) -> str:
+    """Return the short hash of all that decides what the server answers."""
+    parts = f"{engine.model_name}\n{engine.config.model_dump_json()}\n{version}"
+    return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _context(request: Request) -> Context:

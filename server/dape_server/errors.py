@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from dape_engine.errors import DapeError, QueueFullError, RequestError
 from dape_server.limits import RETRY_SECONDS
+from dape_server.request_context import note_error
 
 SHOWN_CHARS = 64
 
@@ -53,8 +54,19 @@ class UnavailableError(DapeError):
     code = "unavailable"
 
 
+def headers_too_large(what: str) -> HttpError:
+    """Return the refusal of a request's line and headers."""
+    return HttpError(431, f"headers: {what}", code="headers_too_large")
+
+
+def slow_request(message: str) -> HttpError:
+    """Return the refusal of a request that has not come in time."""
+    return HttpError(408, message, code="request_timeout")
+
+
 def error_body(error: DapeError) -> dict[str, Any]:
     """Return the JSON envelope of an error."""
+    note_error(error.code)
     body = ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code)
     return ErrorResponse(error=body).model_dump()
 

@@ -1,4 +1,4 @@
-"""What surrounds every route, from the outside in: request id and metrics, key, admission, body.
+"""What surrounds every route, from the outside in: headers, key, admission, body.
 
 Plain ASGI, so that answers stream through unbuffered and one place cancels the work of a client that
 has left.
@@ -10,62 +10,33 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import re
-import time
-import uuid
 from collections.abc import Iterable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dape_server.errors import HttpError, UnavailableError, error_response, internal_error
+from dape_engine.errors import DapeError
+from dape_server.errors import (
+    HttpError,
+    UnavailableError,
+    error_response,
+    headers_too_large,
+    slow_request,
+)
 from dape_server.lifecycle import Lifecycle
-from dape_server.metrics import Metrics
+from dape_server.limits import MAX_DISCARDED_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
 
 logger = logging.getLogger(__name__)
-SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-CLIENT_CLOSED_REQUEST = 499
-OPEN_PATHS = frozenset({"/health"})
-
-
-class ObserveRequests:
-    """Echoes a sane X-Request-Id or makes one, answers defects, measures requests to their last byte."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection event stream, as ASGI defines it."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if SANE_REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        status = unanswered = CLIENT_CLOSED_REQUEST
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        started = time.monotonic()
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception:
-            logger.exception("request %s has failed", request_id)
-            if status != unanswered:
-                raise
-            await error_response(internal_error())(scope, receive, send_with_id)
-        finally:
-            # Only templates of known routes become labels: a client must not be able to add series.
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.on_http(route, scope["method"], status, time.monotonic() - started)
+OPEN_PATHS = frozenset({"/health", "/"})
+OPEN_FOLDER = "/assets/"
+"""Of the page at /, which asks for the key itself."""
+CROWDED = "crowded"
+"""Key of the scope's state that is true on connections above the server's limit."""
+CLOSE = {"Connection": "close"}
 
 
 class RequireKey:
-    """Refuses requests without one of the keys, on every path but /health."""
+    """Refuses requests without one of the keys, on every path but those of health and the page."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]):
         self.app = app
@@ -73,7 +44,7 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event stream, as ASGI defines it."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._knows(scope):
+        if scope["type"] == "lifespan" or _is_open(scope) or self._knows(scope):
             return await self.app(scope, receive, send)
         error = HttpError(401, "authorization: a valid key is required", code="invalid_api_key")
         await error_response(error)(scope, receive, send)
@@ -84,11 +55,45 @@ class RequireKey:
         digest = hashlib.sha256(key.strip()).digest()
         # Digests are of one length and all of them are compared: the time tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        if scheme.lower() != b"bearer" or not any(matches):
+            return False
+        # Whose request it is, for those who share the engine out: never the key itself.
+        scope.setdefault("state", {})["tenant"] = digest.hex()
+        return True
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+
+
+class BoundHeaders:
+    """Refuses requests whose headers are too many, too large or ambiguous, whichever parser took them."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event stream, as ASGI defines it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = scope["headers"]
+        size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > MAX_HEADERS:
+            error = headers_too_large(f"{len(headers)} are above the limit of {MAX_HEADERS}")
+        elif size > MAX_HEADER_BYTES:
+            error = headers_too_large(f"{size} bytes are above the limit of {MAX_HEADER_BYTES}")
+        elif {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            # A proxy before this server could see another end of the body, and a request behind it.
+            message = "content-length: cannot be combined with transfer-encoding"
+            error = HttpError(400, message, code="invalid_http")
+        else:
+            return await self.app(scope, receive, send)
+        await error_response(error, CLOSE)(scope, receive, send)
 
 
 class AdmitWork:
-    """Refuses work (every POST) while the server starts or drains, and counts what is under way."""
+    """Refuses work (every POST) while the server starts, drains or has too many clients; counts the rest."""
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle):
         self.app = app
@@ -98,6 +103,9 @@ class AdmitWork:
         """Serve one connection event stream, as ASGI defines it."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
+        if scope["state"].get(CROWDED):
+            error = UnavailableError("max_connections: too many clients are connected", code="overloaded")
+            return await error_response(error, CLOSE)(scope, receive, send)
         try:
             self.lifecycle.admit()
         except UnavailableError as error:
@@ -109,40 +117,77 @@ class AdmitWork:
 
 
 class OwnBody:
-    """Reads the body up to a limit, then runs the request until it ends or its client has left."""
+    """Reads the body within bounds, then runs the request until it ends or its client has left.
 
-    def __init__(self, app: ASGIApp, limit: int):
+    Args:
+        app: sees complete bodies only.
+        limit: bytes of one body.
+        total: bytes of the bodies of all requests under way.
+        timeout: seconds for one body to come.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, total: int, timeout: float):
         self.app = app
         self.limit = limit
+        self.total = total
+        self.timeout = timeout
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event stream, as ASGI defines it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        try:
-            body = await self._read(Headers(scope=scope), receive)
-        except HttpError as error:
-            # The rest of the body is not read, so the connection cannot be used again.
-            return await error_response(error, {"Connection": "close"})(scope, receive, send)
-        if body is not None:
-            await _run_until_disconnect(self.app, scope, body, receive, send)
-
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Return the body, or None if the client left before its end."""
-        if headers.get("content-encoding", "identity").lower() != "identity":
-            raise HttpError(415, "content-encoding: must be identity", code="unsupported_encoding")
         body = bytearray()
-        more = True
-        while more:
+        try:
+            async with asyncio.timeout(self.timeout):
+                complete = await self._read(Headers(scope=scope), receive, body)
+        except TimeoutError:
+            self._held -= len(body)
+            error = slow_request(f"body: not complete after {self.timeout:g} s")
+            return await error_response(error, CLOSE)(scope, receive, send)
+        except DapeError as error:
+            self._held -= len(body)
+            return await error_response(error, CLOSE)(scope, receive, send)
+        try:
+            if complete:
+                await _run_until_disconnect(self.app, scope, bytes(body), receive, send)
+        finally:
+            self._held -= len(body)
+
+    async def _read(self, headers: Headers, receive: Receive, body: bytearray) -> bool:
+        """Append to the body until it is complete; False if the client left before.
+
+        Raises:
+            HttpError, UnavailableError: the body is refused; what comes of it soon has been read, because
+                a client that is still sending would not see the answer.
+        """
+        refusal: DapeError | None = None
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            refusal = HttpError(415, "content-encoding: must be identity", code="unsupported_encoding")
+        more, discarded = True, 0
+        while more and discarded <= MAX_DISCARDED_BYTES:
             part = await receive()
             if part["type"] == "http.disconnect":
-                return None
-            body += part.get("body", b"")
+                return False
             more = part.get("more_body", False)
-            if len(body) > self.limit:
-                message = f"body: {len(body)} bytes and more are above the limit of {self.limit}"
-                raise HttpError(413, message, code="body_too_large")
-        return bytes(body)
+            refusal = refusal or self._take(part.get("body", b""), body)
+            if refusal is not None:
+                discarded += len(part.get("body", b""))
+        if refusal is not None:
+            raise refusal
+        return True
+
+    def _take(self, part: bytes, body: bytearray) -> DapeError | None:
+        """Append a part of the body, or return why it is refused."""
+        if (size := len(body) + len(part)) > self.limit:
+            message = f"body: {size} bytes and more are above the limit of {self.limit}"
+            return HttpError(413, message, code="body_too_large")
+        if self._held + len(part) > self.total:
+            message = f"max_total_body_size: the requests under way have {self._held} bytes already"
+            return UnavailableError(message, code="overloaded")
+        body += part
+        self._held += len(part)
+        return None
 
 
 async def _run_until_disconnect(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import socket
+from contextvars import Context as Variables
+from functools import partial
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from dape_server.connection import BoundedConnection
 from dape_server.context import Context
+from dape_server.limits import MAX_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 5
@@ -37,7 +43,8 @@ class DrainingServer(uvicorn.Server):
         """Begin to stop. Unlike uvicorn's, this does not raise the signal again: the exit code is 0."""
         self._signals += 1
         timeout = self._context.settings.shutdown_timeout if self._signals == 1 else 0.0
-        asyncio.run_coroutine_threadsafe(self._stop(timeout), self._loop)
+        # The signal may have come in the middle of a request, whose name is not to stand in the log here.
+        Variables().run(asyncio.run_coroutine_threadsafe, self._stop(timeout), self._loop)
 
     async def _stop(self, timeout: float) -> None:
         context = self._context
@@ -57,11 +64,15 @@ def make_server(app: FastAPI) -> DrainingServer:
         app,
         host=settings.host,
         port=settings.port,
-        # The faster httptools does not bound the size of headers.
-        http="h11",
+        # Of h11's kind: the faster httptools does not bound the size of headers.
+        http=partial(BoundedConnection, settings=settings),  # type: ignore[arg-type]
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ws="none",
+        timeout_keep_alive=settings.keep_alive_timeout,  # type: ignore[arg-type]
         # The command line has set up logging for the whole process.
         log_config=None,
-        access_log=settings.access_log,
+        # The application logs every request itself, without addresses and paths.
+        access_log=False,
         timeout_graceful_shutdown=FLUSH_SECONDS,
         server_header=False,
     )
@@ -70,4 +81,11 @@ def make_server(app: FastAPI) -> DrainingServer:
 
 def serve(app: FastAPI) -> None:
     """Serve until SIGTERM or SIGINT; returns once everything has ended."""
+    # Systems often allow 1024 open files only, too few for as many connections, until one asks for more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Python's garbage collector would look at every object of the libraries again and again, which holds
+    # up all threads for a fifth of a second each time.
+    gc.collect()
+    gc.freeze()
     make_server(app).run()

@@ -27,6 +27,8 @@ class EncodedPrompt:
 
     token_ids: tuple[int, ...]
     text: str | None
+    added_bos: bool = False
+    """Whether the tokenizer put its beginning-of-text token before the text."""
 
 
 class TextService:
@@ -81,13 +83,23 @@ class TextService:
         Raises:
             RequestError: names the first of them.
         """
-        for index, token in enumerate(token_ids):
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"{field}{place}[{index}]: token id must be from 0 to {self.vocab_size - 1}, "
-                    f"got {shorten(str(token))}",
-                    param=field,
-                )
+        # As in `protocol.common`, without a loop in Python.
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            return
+        index, token = next(
+            (index, token) for index, token in enumerate(token_ids) if not 0 <= token < self.vocab_size
+        )
+        raise RequestError(
+            f"{field}{place}[{index}]: token id must be from 0 to {self.vocab_size - 1}, "
+            f"got {shorten(str(token))}",
+            param=field,
+        )
+
+    def word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of each word as it begins a text and as it stands behind a space."""
+        forms = (prefix + word.strip(" ") for word in words for prefix in ("", " "))
+        encoded = (tuple(self.tokenizer.encode(form, add_special_tokens=False)) for form in forms)
+        return tuple(dict.fromkeys(ids for ids in encoded if ids))
 
     async def decode(self, token_ids: list[int]) -> str:
         """Return the text of checked token ids, special tokens included."""
@@ -125,10 +137,11 @@ class TextService:
             return EncodedPrompt(prompt, None)
         encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens, param=field)
         ids = await self._in_thread(encode, len(prompt))
-        if add_special_tokens and self._adds_bos and ids[1:2] == [self.tokenizer.bos_token_id]:
+        adds_bos = add_special_tokens and self._adds_bos
+        if adds_bos and ids[1:2] == [self.tokenizer.bos_token_id]:
             # The text spells the token itself.
-            ids = ids[1:]
-        return EncodedPrompt(tuple(ids), prompt)
+            ids, adds_bos = ids[1:], False
+        return EncodedPrompt(tuple(ids), prompt, adds_bos)
 
     async def _in_thread(self, work: Callable[[], T], size: int) -> T:
         return await to_thread.run_sync(work, limiter=self._long_work if size > LONG else None)

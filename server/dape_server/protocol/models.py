@@ -14,6 +14,10 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "dape-serve"
+    root: str
+    """Name of the model folder."""
+    parent: None = None
+    """No model is an adapter of another."""
     max_model_len: int
     """Longest prompt plus completion, in tokens."""
     train_length: int

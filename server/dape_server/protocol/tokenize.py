@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from dape_engine.errors import RequestError
 from dape_server.limits import MAX_INPUT_TOKENS
+from dape_server.protocol.chat import Messages
 from dape_server.protocol.common import RequestBody, TokenId
 
 
 class TokenizeRequest(RequestBody):
-    """A text to be turned into token ids."""
+    """A text, or a conversation in the model's chat template, to be turned into token ids."""
 
     model: str | None = None
-    prompt: str
-    add_special_tokens: bool = True
+    prompt: str | None = None
+    messages: Messages | None = None
+    """Instead of `prompt`."""
+    add_generation_prompt: bool = True
+    """Of `messages`: whether their text ends with the beginning of an assistant's message."""
+    add_special_tokens: bool | None = None
+    """By default true for a prompt and, as a template has its own, false for messages."""
     return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> TokenizeRequest:
+        if self.prompt is None and self.messages is None:
+            raise RequestError("prompt: this field is required", param="prompt", code="missing_field")
+        if self.prompt is not None and self.messages is not None:
+            raise RequestError("messages: not with prompt", param="messages")
+        return self
 
 
 class TokenizeResponse(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from dape_server.context import Context, ServerContext
+from dape_server.errors import ErrorResponse
 from dape_server.protocol.models import Model, ModelList
 
 router = APIRouter()
@@ -16,7 +17,7 @@ async def list_models(context: ServerContext) -> ModelList:
     return ModelList(data=[_model(context)])
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses={404: {"model": ErrorResponse}})
 async def get_model(name: str, context: ServerContext) -> Model:
     """Describe one model."""
     context.check_model(name)
@@ -27,6 +28,7 @@ def _model(context: Context) -> Model:
     return Model(
         id=context.model_name,
         created=context.started,
+        root=context.engine.model_name,
         max_model_len=context.engine.max_model_len,
         train_length=context.engine.config.train_length,
     )

@@ -1,0 +1,83 @@
+"""Signals to a real process in every state of its life, and what its clients see.
+
+The states of a server that runs are tested on a fake engine in test_http_run.py; here the process itself
+loads, dies, or comes back.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models import write_model
+from test_serve import Server
+
+pytestmark = pytest.mark.client
+SMALL = ("--kv-cache-memory", "4MiB")
+SECONDS = 60
+LONG = {"prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", max_model_len=2048)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("until", ["", "attention"], ids=["at once", "after loading"])
+def test_a_signal_before_the_first_request_ends_the_process(
+    folder: Path, number: signal.Signals, until: str
+) -> None:
+    command = [sys.executable, "-m", "dape_server", "serve", str(folder), "--port", "0", *SMALL]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while until and until not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        rest = process.stderr.read()
+        code = process.wait(SECONDS)
+    # Before it serves, a process has nothing to finish: the signal may end it as it ends any other.
+    assert code in (0, 1, 130, -number), rest
+    if number == signal.SIGTERM:
+        assert "Traceback" not in rest
+
+
+def test_a_killed_server_is_seen_by_its_clients_and_can_be_started_again(folder: Path) -> None:
+    server = Server(folder, *SMALL)
+    port = str(server.client.base_url.port)
+    with server.client.stream("POST", "/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.kill()
+        with pytest.raises(httpx.TransportError):
+            list(lines)
+    assert server.close() == -signal.SIGKILL
+    again = Server(folder, *SMALL, "--port", port)
+    body: dict[str, Any] = {"prompt": [5], "max_tokens": 2}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+        assert client.post("/v1/completions", json=body).status_code == 200
+    assert again.close() == 0
+
+
+def test_a_second_signal_ends_a_long_drain(folder: Path) -> None:
+    server = Server(folder, *SMALL, "--shutdown-timeout", "600", "--max-num-batched-tokens", "64")
+    # Half a million tokens to be read, chunk by chunk: nothing may wait for their end.
+    body = {"input": list(range(5, 255)) * 12, "window": "sliding", "context_length": 2000, "stride": 4}
+    with server.client.stream("POST", "/v1/perplexity", json={**body, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.terminate()
+        while server.client.get("/ready").status_code == 200:
+            pass
+        server.process.terminate()
+        rest = [line for line in lines if line]
+    assert '"engine_stopped"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert server.close() == 0
+    assert "Traceback" not in "".join(server.log)
