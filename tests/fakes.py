@@ -107,6 +107,7 @@ class FakeEngine:
         self.num_blocks = num_blocks
         self.block_size = BLOCK_SIZE
         self.backend_name = "fake"
+        self.dtype_name = "float32"
         self.limit = max_num_queued_reqs
         self.gate = asyncio.Event()
         self.gate.set()
@@ -265,6 +266,8 @@ class FakeEngine:
 
     def _allowed(self, token: int, request: GenerationRequest) -> int:
         """Return the token, or the first one that may stand in its place."""
+        if request.constraint is None and not request.sampling.allowed_token_ids:
+            return token
         wishes = torch.zeros(self.config.vocab_size)
         wishes[token] = 1
         if request.constraint is not None:

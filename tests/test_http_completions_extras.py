@@ -278,10 +278,12 @@ class TestRequestId:
         assert len({request.request_id for request in client.engine.requests}) == 4
 
 
-def test_fingerprint_tells_models_apart():
-    with serving() as one, serving() as same, serving(FakeEngine(max_model_len=99)) as other:
-        prints = [
-            client.post(COMPLETIONS, json={"prompt": [BOS]}).json()["system_fingerprint"]
-            for client in (one, same, other)
-        ]
-    assert prints[0] == prints[1] != prints[2]
+def test_fingerprint_tells_models_and_dtypes_apart():
+    narrow = FakeEngine()
+    narrow.dtype_name = "bfloat16"
+    prints = []
+    for engine in (FakeEngine(), FakeEngine(), FakeEngine(max_model_len=99), narrow):
+        with serving(engine) as client:
+            prints.append(client.post(COMPLETIONS, json={"prompt": [BOS]}).json()["system_fingerprint"])
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3

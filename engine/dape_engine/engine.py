@@ -62,7 +62,9 @@ class AsyncEngine(StepLoop):
         self.config = load_config(folder)
         self.tokenizer = TextTokenizer.load(folder, self.config)
         device = _device(options)
-        model = load_model(folder, _dtype(options, self.config.dtype, device), device)
+        dtype = _dtype(options, self.config.dtype, device)
+        self.dtype_name = str(dtype).removeprefix("torch.")
+        model = load_model(folder, dtype, device)
         self.max_model_len = options.max_model_len or self.config.max_model_len
         if self.max_model_len > self.config.max_model_len:
             raise SettingsError(

@@ -165,9 +165,7 @@ class Answer(ABC):
         if with_usage:
             yield orjson.dumps({**self._frame(self.chunk_object, []), "usage": self._usage()})
 
-    def _chunks(
-        self, index: int, writer: ChoiceWriter, output: GenerationOutput
-    ) -> list[dict[str, Any]]:
+    def _chunks(self, index: int, writer: ChoiceWriter, output: GenerationOutput) -> list[dict[str, Any]]:
         if output.progress is not None:
             progress: PromptProgressReport = {
                 "index": index,

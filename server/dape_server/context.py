@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Tokens of one cache block."""
 
     @property
+    def dtype_name(self) -> str:
+        """Dtype of the weights in memory."""
+
+    @property
     def backend_name(self) -> str:
         """Name of the attention backend."""
 
@@ -90,7 +94,7 @@ class Context:
     started: int
     """Unix time in seconds."""
     fingerprint: str
-    """Of model, dtype and version: answers of equal fingerprints and seeds are equal."""
+    """Of model, dtype, backend and version; see `fingerprint`."""
     compiling: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     """Grammars are compiled one at a time: each may take a core for a while."""
 
@@ -116,7 +120,9 @@ class Context:
 
 def fingerprint(engine: Engine, version: str) -> str:
     """Return the short hash of all that decides what the server answers."""
-    parts = f"{engine.model_name}\n{engine.config.model_dump_json()}\n{version}"
+    parts = "\n".join(
+        (engine.model_name, engine.config.model_dump_json(), engine.dtype_name, engine.backend_name, version)
+    )
     return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 

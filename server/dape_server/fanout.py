@@ -21,6 +21,13 @@ async def merge(
         sources: started in this order.
         at_once: sources that run at any time; by default all.
     """
+    sources = list(sources)
+    if len(sources) == 1:
+        # Nothing is side by side, so there is nothing to be handed over.
+        async with aclosing(sources[0]) as source:
+            async for item in source:
+                yield 0, item
+        return
     items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
     turns = asyncio.Semaphore(at_once) if at_once is not None else nullcontext()
 
@@ -38,13 +45,13 @@ async def merge(
     running = len(pumps)
     try:
         while running:
-            item = await items.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            taken = await items.get()
+            if isinstance(taken, Exception):
+                raise taken
+            if taken is None:
                 running -= 1
             else:
-                yield item
+                yield taken
     finally:
         for task in pumps:
             task.cancel()

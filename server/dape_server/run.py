@@ -21,6 +21,8 @@ from dape_server.limits import MAX_HEADER_BYTES
 logger = logging.getLogger(__name__)
 FLUSH_SECONDS = 5
 """Given to slow readers for the rest of their answers once no request is at work."""
+OTHER_FILES = 256
+"""Files that a server has open beside its connections, at most."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -81,11 +83,18 @@ def make_server(app: FastAPI) -> DrainingServer:
 
 def serve(app: FastAPI) -> None:
     """Serve until SIGTERM or SIGINT; returns once everything has ended."""
-    # Systems often allow 1024 open files only, too few for as many connections, until one asks for more.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    context: Context = app.state.context
+    _allow_files(2 * context.settings.max_connections + OTHER_FILES)
     # Python's garbage collector would look at every object of the libraries again and again, which holds
     # up all threads for a fifth of a second each time.
     gc.collect()
     gc.freeze()
     make_server(app).run()
+
+
+def _allow_files(wanted: int) -> None:
+    """Let the process open as many files, or as many as the system lets it: often 1024 until one asks."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != allowed < wanted:
+        limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
