@@ -43,7 +43,7 @@ sanitize: $(VENV)/.dev ## run the kernel tests with AddressSanitizer and UBSan
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		DAPE_CPU_LIBRARY=$(VENV)/sanitize/libdape_cpu.so \
-		$(BIN)/pytest -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py \
+		$(BIN)/pytest -n 2 -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py \
 		tests/test_cpu_decoder.py $(ARGS)
 
 load-test: $(VENV)/.dev ## two minutes of load on a server started for it; fails on any failed request

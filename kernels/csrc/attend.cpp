@@ -169,8 +169,8 @@ class Walk {
                         y[n] = y[n] * load(value_scales[n * kLanes / kPanel] + head * kPanel + n * kLanes % kPanel);
                         // The scale of a key that does not count may be no number.
                         if (partial)
-                            y[n] = keep(y[n], clip(lower - n * kLanes, 0, kLanes), clip(visible - n * kLanes, 0, kLanes),
-                                        splat(0.0f));
+                            y[n] = keep(y[n], clip(lower - n * kLanes, 0, kLanes),
+                                        clip(visible - n * kLanes, 0, kLanes), splat(0.0f));
                     }
                 if constexpr (!kBytes) store_weights(weights + n * kLanes, y[n]);
             });
@@ -257,7 +257,7 @@ inline void with_walk(const Attention& attention, int rows, void* scratch, Actio
 
 static int64_t scratch_bytes(const Attention& attention) {
     int64_t bytes = 0;
-    with_walk(attention, rows_per_item(attention.cache.heads), nullptr,
+    with_walk(attention, rows_per_item(attention.cache), nullptr,
               [&](auto& walk) { bytes = walk.scratch_bytes(); });
     return bytes;
 }

@@ -93,7 +93,8 @@ class Network {
             if constexpr (Pairs)
                 if (paired()) {
                     pack_scores(scores + column);
-                    (this->*(on_matrix() ? &Network::adapt_matrix : &Network::adapt_pairs))(scores + column, fixed + column, stride, adapted + column);
+                    const auto layers = on_matrix() ? &Network::adapt_matrix : &Network::adapt_pairs;
+                    (this->*layers)(scores + column, fixed + column, stride, adapted + column);
                     continue;
                 }
             adapt_floats(scores + column, fixed + column, stride, adapted + column);
@@ -107,24 +108,25 @@ class Network {
     int hidden_depth() const { return on_matrix() ? round_up(e_.width, kDepth) : e_.width; }
     int padded_heads() const { return on_matrix() ? round_up(heads_, kMatrix) : heads_; }
 
-    // Outputs of a register tile from `out` on: not so many that a small remainder is left.
-    static int block(int outs, int out) { return int(least(outs % kRows && outs % 4 == 0 ? 4 : kRows, outs - out)); }
+    // Outputs of a register tile if so many are left: eight are two halves rather than most and a small remainder.
+    static int block(int left) { return int(least(left == 8 ? 4 : kRows, left)); }
 
     template <int M, int N, class Body>
     DAPE_INLINE static void each(Body body) {
         unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA { unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { body(m, n); }); });
     }
 
-    // One layer on N vectors of columns; finish(out, n, sum) takes the results.
+    // One layer on N vectors of columns; finish(out, m, sum) takes the results [m, N] of the outputs from `out` on. It
+    // is inlined, and what `finish` captures are values: members would be loaded again after every store.
     template <int N, class Finish>
-    static void layer(const float* in, int64_t stride, int channels, int taps, const float* weight, int outs,
-                      Finish finish) {
+    DAPE_INLINE static void layer(const float* in, int64_t stride, int channels, int taps, const float* weight,
+                                  int outs, Finish finish) {
         for (int out = 0; out < outs;)
-            out += with_largest(Rows{}, block(outs, out), [&](auto m) DAPE_INLINE_LAMBDA {
+            out += with_largest(Rows{}, block(outs - out), [&](auto m) DAPE_INLINE_LAMBDA {
                 Floats sum[m][N];
                 each<m, N>([&](auto i, auto n) DAPE_INLINE_LAMBDA { sum[i][n] = splat(0.0f); });
                 mix<m, N>(sum, in, stride, channels, taps, weight + out, outs);
-                each<m, N>([&](auto i, auto n) DAPE_INLINE_LAMBDA { finish(out + i, n, sum[i][n]); });
+                finish(out, m, sum);
             });
     }
 
@@ -136,52 +138,67 @@ class Network {
             }
     }
 
-    // What is added to the second layer's sums. It comes last: at the start, every product would be rounded at the
-    // size of the score.
-    Floats residual(const float* scores, const float* fixed, int64_t stride, int head, int n) const {
-        const Floats own = load(fixed + (e_.width + head) * stride + n * kLanes);
-        return e_.keeps_scores ? own + load(scores + head * kTile + n * kLanes) : own;
-    }
-
     void adapt_floats(const float* scores, const float* fixed, int64_t stride, float* adapted) const {
-        layer<kColumns>(scores, kTile, heads_, 1, e_.first, e_.width,
-                        [&](int out, int n, Floats sum) DAPE_INLINE_LAMBDA {
-                            const Floats x = sum + load(fixed + out * stride + n * kLanes);
-                            store(hidden_ + out * kGroup + n * kLanes, leaky(x));
-                        });
-        layer<kColumns>(hidden_, kGroup, e_.width, 1, e_.second, heads_,
-                        [&](int out, int n, Floats sum) DAPE_INLINE_LAMBDA {
-                            const Floats x = sum + residual(scores, fixed, stride, out, n);
-                            store(adapted + out * kTile + n * kLanes, x);
-                        });
+        float* const hidden = hidden_;
+        const int heads = heads_, width = e_.width;
+        const bool keeps = e_.keeps_scores;
+        layer<kColumns>(scores, kTile, heads, 1, e_.first, width, [=](int out, auto m, auto& sum) DAPE_INLINE_LAMBDA {
+            const float* own = fixed + out * stride;
+            float* target = hidden + out * kGroup;
+            each<m, kColumns>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                store(target + i * kGroup + n * kLanes, leaky(sum[i][n] + load(own + i * stride + n * kLanes)));
+            });
+        });
+        // The residual comes last: at the start, every product would be rounded at the size of the score.
+        layer<kColumns>(hidden, kGroup, width, 1, e_.second, heads, [=](int out, auto m, auto& sum) DAPE_INLINE_LAMBDA {
+            const float *own = fixed + (width + out) * stride, *score = scores + out * kTile;
+            float* target = adapted + out * kTile;
+            each<m, kColumns>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                Floats residual = load(own + i * stride + n * kLanes);
+                if (keeps) residual = residual + load(score + i * kTile + n * kLanes);
+                store(target + i * kTile + n * kLanes, sum[i][n] + residual);
+            });
+        });
     }
 
     void convolve(const float* scores, int64_t first, float* adapted) const {
         const int reach = e_.kernel / 2, columns = kTile + 2 * reach;
+        const float* const bias = e_.hidden_bias;
         // Column 0 of the hidden values lies `reach` before the first adapted column.
         const float* in = scores + kCarry - kPanel - 2 * reach;
         for (int column = 0; column < columns;)
-            column += kLanes * with_largest(Columns{}, (columns - column + kLanes - 1) / kLanes, [&](auto n) {
-                layer<n>(in + column, kWindow, e_.inputs, e_.kernel, e_.first, e_.width,
-                         [&](int out, int i, Floats sum) DAPE_INLINE_LAMBDA {
-                             store(hidden_ + out * kHiddenStride + column + i * kLanes,
-                                   leaky(sum + splat(e_.hidden_bias[out])));
-                         });
+            column += kLanes * with_largest(Columns{}, (columns - column + kLanes - 1) / kLanes, [&](auto count) {
+                float* const hidden = hidden_ + column;
+                layer<count>(in + column, kWindow, e_.inputs, e_.kernel, e_.first, e_.width,
+                             [=](int out, auto m, auto& sum) DAPE_INLINE_LAMBDA {
+                                 each<m, count>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                                     store(hidden + (out + i) * kHiddenStride + n * kLanes,
+                                           leaky(sum[i][n] + splat(bias[out + i])));
+                                 });
+                             });
             });
         const int before = clip(kPanel + reach - first, 0, kPanel + reach);  // columns left of position 0
         for (int out = 0; out < e_.width; ++out)
             __builtin_memset(hidden_ + out * kHiddenStride, 0, before * sizeof(float));
-        const float* own = scores + kCarry - kPanel;
-        for (int column = 0; column < kTile; column += kGroup)
+        for (int column = 0; column < kTile; column += kGroup) {
+            const float* const own = scores + kCarry - kPanel + column;
+            // Of the residuals that are kept, how far the biases lie behind the scores.
+            const int64_t bias = e_.keeps_bias && e_.inputs > heads_ ? heads_ * kWindow : 0;
+            const float* const constant = e_.out_bias;
+            const bool keeps = e_.keeps_scores;
             layer<kColumns>(hidden_ + column, kHiddenStride, e_.width, e_.kernel, e_.second, heads_,
-                            [&](int out, int n, Floats sum) DAPE_INLINE_LAMBDA {
-                                const int at = column + n * kLanes;
-                                Floats x = splat(e_.out_bias[out]);
-                                if (e_.keeps_scores) x = x + load(own + out * kWindow + at);
-                                if (e_.keeps_bias && e_.inputs > heads_)
-                                    x = x + load(own + (heads_ + out) * kWindow + at);
-                                store(adapted + out * kTile + at, x + sum);
+                            [=](int out, auto m, auto& sum) DAPE_INLINE_LAMBDA {
+                                const float* score = own + out * kWindow;
+                                float* target = adapted + out * kTile + column;
+                                each<m, kColumns>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
+                                    const int at = i * kWindow + n * kLanes;
+                                    Floats x = splat(constant[out + i]);
+                                    if (keeps) x = x + load(score + at);
+                                    if (bias) x = x + load(score + bias + at);
+                                    store(target + i * kTile + n * kLanes, x + sum[i][n]);
+                                });
                             });
+        }
     }
 
     // Weights [channels, outs] as words of two adjacent channels, for every output; a missing last one is zero.
@@ -195,7 +212,8 @@ class Network {
     }
 
     // The same as rows of outputs [padded outs, depth], filled up with zeros.
-    static void rows(const float* weight, int channels, int outs, float factor, int depth, int padded, uint32_t* target) {
+    static void rows(const float* weight, int channels, int outs, float factor, int depth, int padded,
+                     uint32_t* target) {
         auto* row = reinterpret_cast<uint16_t*>(target);
         for (int out = 0; out < padded; ++out, row += depth)
             for (int channel = 0; channel < depth; ++channel)
@@ -224,7 +242,7 @@ class Network {
             });
         }
         for (int out = 0; out < heads_;)
-            out += with_largest(Rows{}, block(heads_, out), [&](auto m) DAPE_INLINE_LAMBDA {
+            out += with_largest(Rows{}, block(heads_ - out), [&](auto m) DAPE_INLINE_LAMBDA {
                 Floats sum[m][kColumns];
                 each<m, kColumns>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
                     sum[i][n] = load(fixed + (e_.width + out + i) * stride + n * kLanes);

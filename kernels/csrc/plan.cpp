@@ -20,7 +20,7 @@ int64_t work(const Item& item) { return item.rows * (item.last_key - item.first_
 
 Plan make_plan(const Attention& attention, int threads) {
     Plan plan;
-    const int64_t most_rows = rows_per_item(attention.cache.heads);
+    const int64_t most_rows = rows_per_item(attention.cache);
     std::vector<Item> blocks;
     int64_t total = 0;
     for (int64_t sequence = 0; sequence < attention.sequences; ++sequence) {

@@ -76,7 +76,9 @@ inline void score_tile(const void* query, int64_t query_stride, const uint32_t* 
                        const uint32_t* const* next, int words, const float* const* scales, float* out,
                        int64_t out_stride) {
     Floats sum[M][N];
-    unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA { unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = splat(0.0f); }); });
+    unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
+        unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = splat(0.0f); });
+    });
     multiply<G, Pairs>(sum, query, query_stride, keys, next, words);
     unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA {
         unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
@@ -96,7 +98,9 @@ inline void output_tile(const void* weights, int64_t weight_stride, const uint32
                         int64_t out_stride) {
     constexpr int kWords = kPanel / G;  // words of a panel in the direction of keys
     Floats sum[M][N];
-    unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA { unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = splat(0.0f); }); });
+    unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
+        unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = splat(0.0f); });
+    });
     // Add the keys of word w, of which the first `present` count.
     const auto add = [&](int w, auto present) DAPE_INLINE_LAMBDA {
         const int64_t at = w % kWords * value_stride;
@@ -127,7 +131,8 @@ inline void output_tile(const void* weights, int64_t weight_stride, const uint32
     for (int w = 0; w < count / G; ++w) add(w, std::integral_constant<int, G>{});
     if constexpr (G > 1)
         if (count % G)
-            with_largest(std::conditional_t<G == 4, std::integer_sequence<int, 3, 2, 1>, std::integer_sequence<int, 1>>{},
+            with_largest(std::conditional_t<G == 4, std::integer_sequence<int, 3, 2, 1>,
+                                            std::integer_sequence<int, 1>>{},
                          count % G, [&](auto present) DAPE_INLINE_LAMBDA { add(count / G, present); });
     // The outputs so far come last: at the start, every key would be rounded at their size.
     unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
@@ -156,7 +161,7 @@ DAPE_INLINE void mix(Floats (&sum)[M][N], const float* in, int64_t stride, int c
         });
         weight += outs;
         x += stride;
-        if (++channel == channels) {
+        if (taps > 1 && ++channel == channels) {
             channel = 0;
             x = ++in;
         }

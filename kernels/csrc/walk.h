@@ -20,8 +20,12 @@ struct Item {
 // Keys of a tile.
 constexpr int kTile = 64;
 
-// Queries that share the keys of a tile, so that scores and outputs of all heads stay in the second-level cache.
-static inline int rows_per_item(int heads) { return heads <= 16 ? 48 : heads <= 32 ? 12 : 6; }
+// Queries that share the keys and values of a tile. With fewer, a tile costs more to fetch than its products hide; with
+// more, their outputs, scores and weights leave the second-level cache. Floats are twice as long to fetch.
+static inline int rows_per_item(const Cache& cache) {
+    if (cache.heads > 32) return 48;
+    return cache.heads <= 16 && cache.storage == kFloat32 ? 144 : 96;
+}
 
 // Rows of activations, `stride` elements apart.
 struct Activations {

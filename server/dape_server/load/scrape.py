@@ -38,4 +38,4 @@ def anonymous_memory(pid: int) -> int:
     Unlike the resident size this neither counts files nor hides what was swapped out.
     """
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "VmSwap"))
+    return sum(int(fields.get(name, "0").split()[0]) << 10 for name in ("RssAnon", "VmSwap"))
