@@ -100,6 +100,6 @@ def test_a_server_that_ends_at_once_says_why() -> None:
 def test_memory_of_a_process_is_its_own() -> None:
     before = anonymous_memory(os.getpid())
     # Memory from the heap may have been the process's own before.
-    with mmap.mmap(-1, 32 << 20) as held:
+    with mmap.mmap(-1, 32 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         held.write(bytes(32 << 20))
         assert anonymous_memory(os.getpid()) - before > 16 << 20
