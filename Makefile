@@ -10,7 +10,7 @@ LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-all sanitize load-test lint format bench clean
+.PHONY: help serve test test-clients test-all sanitize load-test lint format bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -32,7 +32,15 @@ serve: $(VENV)/.serve ## serve the shipped model on $(HOST):$(PORT)
 test: $(VENV)/.dev ## run the fast tests
 	$(BIN)/pytest -n 2 -m "not slow and not browser and not gpu" $(ARGS)
 
-test-all: $(VENV)/.dev ## run every test, the slow ones too
+$(VENV)/.clients: $(VENV)/.dev
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[clients]'
+	touch $@
+
+test-clients: $(VENV)/.clients ## run the tests with large clients (guidellm) and a browser (chromium)
+	$(BIN)/pytest -m browser tests/test_playground_browser.py $(ARGS)
+	$(BIN)/pytest tests/clients $(ARGS)
+
+test-all: $(VENV)/.clients ## run every test, the slow ones too
 	$(BIN)/pytest $(ARGS)
 
 # Python itself is not built for sanitizers, so their library has to be loaded before it. They end the process

@@ -221,9 +221,13 @@ class StepLoop:
                 return [], []
             work, started = flight.work, time.monotonic()
             total = sum(map(pairs, flight.chunks))
-            layers = work.num_left if hurry else self._pace.layers(total / self._runner.num_layers)
-            self._runner.advance(work, layers)
-            results = None if work.num_left else self._runner.finish(work, flight.states)
+            whole = self._runner.num_layers
+            layers = whole if hurry else self._pace.layers(total / whole)
+            # The output layer comes after the last one, in a turn of its own where turns are short.
+            lands = layers >= whole or not work.num_left
+            if work.num_left:
+                self._runner.advance(work, layers)
+            results = self._runner.finish(work, flight.states) if lands else None
             flight.seconds += time.monotonic() - started
         except Exception:
             chunks = behind if flight is None else flight.chunks

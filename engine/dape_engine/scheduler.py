@@ -344,7 +344,7 @@ class Scheduler:
             budget.pairs = budget.background_pairs = self._max_prefill_pairs
             if background_pairs is not None:
                 budget.background_pairs = background_pairs
-        turns = [(sequence, OLDEST_SHARE, self._pool.block_size) for sequence in prefills[:1]]
+        turns = [(sequence, OLDEST_SHARE, self._least_rows(sequence)) for sequence in prefills[:1]]
         prefills.sort(key=self._rank)
         turns += [(sequence, 1, 0) for sequence in prefills]
         computed_by: dict[bytes, Sequence] = {}
@@ -359,6 +359,11 @@ class Scheduler:
                 computed_by.setdefault(key, sequence)
                 plan[sequence] = planned + count
         return plan
+
+    def _least_rows(self, sequence: Sequence) -> int:
+        """Return the rows that the prefill admitted first gets in any case: readers wait for them."""
+        size = self._pool.block_size
+        return size if sequence.priority <= 0 else -(-size // 4)
 
     def _rank(self, sequence: Sequence) -> tuple[bool, float, int, int]:
         received = self._shares.received(sequence.tenant)
