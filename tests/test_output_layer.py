@@ -49,6 +49,23 @@ def test_any_workspace_gives_the_exact_values(
 
 
 @pytest.mark.parametrize("workspace", [700, 5000, 1 << 20])
+def test_a_backends_own_product_gives_the_same_values(workspace: int) -> None:
+    hidden, weight, targets = inputs(33, 16, 257)
+    sizes: list[int] = []
+
+    def multiply(rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        return rows @ weight.t()
+
+    plain = score_targets(hidden, weight, targets, 4)
+    own = score_targets(hidden, weight, targets, 4, multiply=multiply, workspace=workspace)
+    for one, other in zip(plain, own, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=5e-6)
+    assert sum(sizes) == 33
+    assert max(sizes) * 257 * 4 <= max(workspace // 2, 257 * 4)
+
+
+@pytest.mark.parametrize("workspace", [700, 5000, 1 << 20])
 def test_the_most_likely_target_and_the_first_alternative_are_equal_to_the_bit(workspace: int) -> None:
     hidden, weight, _ = inputs(50, 24, 211)
     _, ids, values = score_targets(hidden, weight, torch.zeros(50, dtype=torch.int64), 1, workspace=workspace)

@@ -7,13 +7,16 @@ k alternatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dape_engine.errors import StepError
 
+Product: TypeAlias = Callable[[Tensor], Tensor]
+"""From hidden states [R, h] to logits float32 [R, tokens], a tensor of its own."""
 WORKSPACE = 32 << 20
 """Bytes of scratch memory of one call, unless the caller says otherwise."""
 
@@ -34,18 +37,25 @@ def logits(hidden: Tensor, weight: Tensor, *, workspace: int = WORKSPACE) -> Ten
 
 
 def score_targets(
-    hidden: Tensor, weight: Tensor, targets: Tensor, top: int = 0, *, workspace: int = WORKSPACE
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    top: int = 0,
+    *,
+    multiply: Product | None = None,
+    workspace: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probability of one token per row and of the most likely tokens at its place.
 
-    The log-sum-exp runs over pieces of the vocabulary. Target and alternatives are read from the same
-    numbers: where the target is the most likely token, both log-probabilities are equal to the bit.
+    The log-sum-exp runs over pieces of the rows and of the vocabulary. Target and alternatives are read from
+    the same numbers: where the target is the most likely token, both log-probabilities are equal to the bit.
 
     Args:
         hidden: [R, h], any float type.
         weight: [V, h], any float type.
         targets: int64 [R], on the device of `hidden`.
         top: number of alternatives; k = min(top, V).
+        multiply: a backend's own way to the logits of all tokens; by default pieces of widened weights.
         workspace: bytes of scratch memory, half for widened weights and half for logits.
 
     Returns:
@@ -62,10 +72,11 @@ def score_targets(
     own = torch.zeros_like(peak)
     values = peak[:, None].repeat(1, k)
     ids = torch.zeros_like(values, dtype=torch.int64)
-    for first, piece in _pieces(weight, workspace // 2):
-        step = max(1, workspace // 2 // (4 * len(piece)))
+    products = [(0, vocab_size, multiply)] if multiply else _products(weight, workspace // 2)
+    for first, size, product in products:
+        step = max(1, workspace // 2 // (4 * size))
         for rows in (slice(start, start + step) for start in range(0, count, step)):
-            scores = hidden[rows].float() @ piece.t()
+            scores = product(hidden[rows])
             _take_own(scores, targets[rows] - first, own[rows])
             if k:
                 _merge_top(scores, first, values[rows], ids[rows])
@@ -78,6 +89,12 @@ def score_targets(
     if not math.isfinite(logprobs.sum().item()):
         raise StepError("the model's logits are not finite")
     return logprobs, ids, values - peak[:, None] - log_total[:, None]
+
+
+def _products(weight: Tensor, workspace: int) -> Iterator[tuple[int, int, Product]]:
+    """Yield (first token, tokens, product that gives their logits) for pieces of the vocabulary."""
+    for first, piece in _pieces(weight, workspace):
+        yield first, len(piece), lambda rows, piece=piece: rows.float() @ piece.t()  # type: ignore[misc]
 
 
 def _pieces(weight: Tensor, workspace: int) -> Iterator[tuple[int, Tensor]]:

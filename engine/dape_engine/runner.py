@@ -201,7 +201,13 @@ class ModelRunner:
 
     def _logprobs(self, hidden: Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
         weight = self.model.final_linear.weight
-        logprobs, ids, values = score_targets(hidden, weight, torch.tensor(targets, device=self.device), top)
+        logprobs, ids, values = score_targets(
+            hidden,
+            weight,
+            torch.tensor(targets, device=self.device),
+            top,
+            multiply=self._decoder.logits if self._decoder is not None else None,
+        )
         return [
             TokenLogprob(target, logprob, tuple(zip(top_ids, top_values, strict=True)))
             for target, logprob, top_ids, top_values in zip(
