@@ -48,7 +48,7 @@ COMPILER = GrammarCompiler(TOKENIZER, V)
 def walk(constraint, seed, *, eos=EOS, most=4000, **params):
     """Draw tokens with random logits until the text is over; return its tokens."""
     generator = torch.Generator().manual_seed(seed)
-    state = SamplerState(SamplingParams(seed=seed, **params), [BOS], eos, V, constraint)
+    state = SamplerState(SamplingParams(seed=seed, logprobs=0, **params), [BOS], eos, V, constraint)
     tokens = []
     while not constraint.is_complete and len(tokens) < most:
         # The model is fond of special tokens and of those without text.

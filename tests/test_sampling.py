@@ -383,3 +383,14 @@ def test_unknown_token_is_refused_by_field(field: str) -> None:
         state(vocab_size=7, **{field: (7,)})
     with pytest.raises(RequestError, match="bad_words"):
         state(vocab_size=7, bad_words=((1, 7),))
+
+
+def test_log_probabilities_are_computed_only_where_a_row_asks_for_some() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+
+    def drawn(*logprobs: int | None) -> list[float]:
+        states = [state(vocab_size=2, temperature=0, logprobs=wanted) for wanted in logprobs]
+        return [entry.logprob for entry in sample(logits, states)]
+
+    assert all(map(math.isnan, drawn(None, None)))
+    assert drawn(None, 0) == pytest.approx([logits.log_softmax(-1)[0, 1].item()] * 2)

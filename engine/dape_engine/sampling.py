@@ -150,7 +150,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[TokenLogprob]
         states: one per row.
 
     Returns:
-        Per row the token, its log-probability under the model, as many of the most likely tokens as
+        Per row the token, its log-probability under the model (if no row asks for any, NaN), as many of the most likely tokens as
         `logprobs` asks for and those of `logprob_token_ids`, read from the same numbers: where the token is
         the most likely one, its log-probability equals the first alternative's to the bit.
 
@@ -248,7 +248,10 @@ def _ascending(values: Tensor) -> Tensor:
 
 
 def _report(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[TokenLogprob]:
-    """Return the log-probabilities of the tokens [S] and of the others that each row asks for."""
+    """Return the log-probabilities of the tokens [S] and of the others that each row asks for, if any."""
+    if all(p.logprobs is None and not p.logprob_token_ids for p in params):
+        # The sum over the vocabulary costs as much as drawing a token.
+        return [TokenLogprob(token, math.nan) for token in tokens.tolist()]
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     tops = [p.logprobs or 0 for p in params]
