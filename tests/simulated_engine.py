@@ -77,7 +77,9 @@ class SimulatedEngine:
         self.scheduler.finish(sequence)
         self.unfinished.remove(sequence)
 
-    def step(self, during: Callable[[], None] = lambda: None, background_pairs: int | None = None) -> Step:
+    def step(
+        self, during: Callable[[], None] = lambda: None, background_pairs: tuple[int, int] | None = None
+    ) -> Step:
         """Run one step as the real engine does; `during` happens before the model has run."""
         computed = {sequence: sequence.num_computed for sequence in self.scheduler.running}
         decoding = [sequence for sequence in self.scheduler.running if sequence.is_decoding]

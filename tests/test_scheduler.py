@@ -440,8 +440,8 @@ def test_background_work_has_its_own_bound() -> None:
     engine.step()
     long = engine.score(text(400, 1))
     assert counts(engine.step(), long) == [63]
-    assert counts(engine.step(background_pairs=640), long) == [9]
-    assert counts(engine.step(background_pairs=1), long) == [1], "a quarter of a block"
+    assert counts(engine.step(background_pairs=(640, 1)), long) == [9]
+    assert counts(engine.step(background_pairs=(1, 999)), long) == [1], "a quarter of a block"
     assert counts(engine.step(), long) == [63]
 
 

@@ -106,8 +106,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Those that wait but have been admitted."""
         return [sequence for sequence in self.engine.scheduler.waiting if sequence in self.engine.admitted]
 
-    @rule(steps=st.integers(1, 3), background_pairs=st.sampled_from([None, 5]))
-    def step(self, steps: int, background_pairs: int | None) -> None:
+    @rule(steps=st.integers(1, 3), background_pairs=st.sampled_from([None, (5, 7)]))
+    def step(self, steps: int, background_pairs: tuple[int, int] | None) -> None:
         for _ in range(steps):
             self.engine.step(background_pairs=background_pairs)
 

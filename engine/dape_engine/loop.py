@@ -163,14 +163,15 @@ class StepLoop:
             self._expire(started)
             if not self._jobs:
                 return True
-            step = self._scheduler.schedule(self._pace.background_pairs(self._runner.num_layers))
+            step = self._scheduler.schedule(self._pace.background_pairs(self._runner.num_layers, started))
             decoding = any(chunk.sequence.is_decoding for chunk in step.chunks)
             ahead, behind = _split(step.chunks) if decoding else (step.chunks, [])
             states = self._begin(step.chunks, started)
         computing = time.monotonic()
         results = self._compute(ahead, states)
-        model_seconds = time.monotonic() - computing
-        self._pace.observe(ahead, time.monotonic() - started)
+        computed = time.monotonic()
+        model_seconds = computed - computing
+        self._pace.observe(ahead, computed - started, computed)
         gaps = self._apply(ahead, results)
         flying = time.monotonic()
         landed, landed_results = self._fly(behind, states, hurry=not decoding)

@@ -11,6 +11,11 @@ SMOOTHING = 0.1
 """Weight of the newest measurement."""
 UNKNOWN_PAIRS = 1 << 18
 """(query, key) pairs of background work before anything has been measured."""
+LONGEST_STEP = 0.15
+"""Seconds of a step of nothing but background work, where readers come and go."""
+READERS_RETURN = 10.0
+"""Seconds after which no reader is expected any more, and steps are as large as is best for throughput."""
+NO_BOUND = 1 << 62
 LONGEST_WAIT = 600
 """Seconds; no client is told to come back later than this."""
 
@@ -26,12 +31,20 @@ class Pace:
         self._decode_seconds: float | None = None
         self._seconds_per_pair: float | None = None
         self._seconds_per_row: float | None = None
+        self._last_reader = -math.inf
 
-    def background_pairs(self, num_layers: int) -> int:
-        """Return the (query, key) pairs of background work of which one layer takes as long as decoding."""
-        if self._decode_seconds is None or not self._seconds_per_pair:
-            return UNKNOWN_PAIRS
-        return max(1, int(num_layers * self._decode_seconds / self._seconds_per_pair))
+    def background_pairs(self, num_layers: int, now: float) -> tuple[int, int]:
+        """Return the (query, key) pairs of background work of a step, with and without decoding sequences.
+
+        With them one layer takes as long as decoding does. Without them all layers take as long as a reader
+        may wait who comes in the meantime, at `now` in seconds.
+        """
+        alone = NO_BOUND
+        if self._seconds_per_pair and now - self._last_reader < READERS_RETURN:
+            alone = max(1, int(LONGEST_STEP / self._seconds_per_pair))
+        if not self._seconds_per_pair or self._decode_seconds is None:
+            return UNKNOWN_PAIRS, alone
+        return max(1, int(num_layers * self._decode_seconds / self._seconds_per_pair)), alone
 
     def layers(self, layer_pairs: float) -> int:
         """Return the layers of background work with so many pairs in each that fit between two steps."""
@@ -39,11 +52,13 @@ class Pace:
             return 1
         return max(1, int(self._decode_seconds / (layer_pairs * self._seconds_per_pair)))
 
-    def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
-        """Learn from chunks that took so long, all of them computed at once and not yet committed."""
+    def observe(self, chunks: Iterable[Chunk], seconds: float, now: float) -> None:
+        """Learn from chunks that took so long until now, computed at once and not yet committed."""
         rows = prompt_pairs = decoding = 0
         for chunk in chunks:
             rows += chunk.count
+            if chunk.sequence.priority <= 0:
+                self._last_reader = now
             if chunk.sequence.is_decoding:
                 decoding += 1
             else:

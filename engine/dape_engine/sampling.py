@@ -150,9 +150,10 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[TokenLogprob]
         states: one per row.
 
     Returns:
-        Per row the token, its log-probability under the model (if no row asks for any, NaN), as many of the most likely tokens as
-        `logprobs` asks for and those of `logprob_token_ids`, read from the same numbers: where the token is
-        the most likely one, its log-probability equals the first alternative's to the bit.
+        Per row the token, its log-probability under the model (NaN if no row asks for any), as many of the
+        most likely tokens as `logprobs` asks for and those of `logprob_token_ids`, read from the same
+        numbers: where the token is the most likely one, its log-probability equals the first alternative's
+        to the bit.
 
     Raises:
         StepError: a logit is not finite.

@@ -143,12 +143,12 @@ class Scheduler:
         self._pool.forget(sequence.blocks)
         self.finish(sequence)
 
-    def schedule(self, background_pairs: int | None = None) -> Step:
+    def schedule(self, background_pairs: tuple[int, int] | None = None) -> Step:
         """Admit what fits and choose the rows of the next step; empty only if nothing runs or waits.
 
         Args:
-            background_pairs: (query, key) pairs of background work beside decoding sequences; None sets no
-                bound of its own.
+            background_pairs: (query, key) pairs of background work beside decoding sequences, and without
+                them; None sets no bound of its own.
         """
         hits = sum(self._reuse(sequence) for sequence in self._running)
         yielded: list[Sequence] = []
@@ -333,7 +333,7 @@ class Scheduler:
         extend_block_keys(sequence.block_keys, sequence.tokens, size, index + 1, sequence.cache_salt)
         return sequence.block_keys[index]
 
-    def _plan(self, background_pairs: int | None) -> dict[Sequence, int]:
+    def _plan(self, background_pairs: tuple[int, int] | None) -> dict[Sequence, int]:
         """Share out the rows of a step."""
         plan = {sequence: 1 for sequence in self._running if sequence.is_decoding}
         prefills = [s for s in self._running if not s.is_decoding and s.flight is None]
@@ -342,8 +342,8 @@ class Scheduler:
         budget = Budget(rows, unlimited, unlimited)
         if plan:
             budget.pairs = budget.background_pairs = self._max_prefill_pairs
-            if background_pairs is not None:
-                budget.background_pairs = background_pairs
+        if background_pairs is not None:
+            budget.background_pairs = background_pairs[0 if plan else 1]
         turns = [(sequence, OLDEST_SHARE, self._least_rows(sequence)) for sequence in prefills[:1]]
         prefills.sort(key=self._rank)
         turns += [(sequence, 1, 0) for sequence in prefills]
