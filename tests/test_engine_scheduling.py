@@ -124,7 +124,7 @@ async def test_progress_counts_the_prompt_up_to_its_end(folder: Path) -> None:
 async def test_a_refused_client_hears_a_time_that_grows_with_the_queue(folder: Path) -> None:
     async with engine_of(folder, max_num_seqs=1, max_num_queued_reqs=2) as engine:
         await generate(engine, tokens(1, 20))
-        engine._pace._seconds_per_row = 0.5
+        engine._pace._recent_seconds = 0.5 * engine._pace._recent_rows
         tasks = [asyncio.ensure_future(generate(engine, tokens(seed, 20), LONG)) for seed in range(5)]
         results = await asyncio.gather(*tasks, return_exceptions=True)
     refused = [result for result in results if isinstance(result, QueueFullError)]

@@ -70,7 +70,9 @@ def test_it_learns_slowly_and_only_from_steps_of_one_kind() -> None:
 def test_a_wait_is_half_of_what_the_queue_takes() -> None:
     pace = Pace()
     assert pace.wait(1000) == 1
-    pace.observe([prompt(100)], 1.0, 0.0)
+    pace.note(100, 1.0)
     assert pace.wait(1000) == 5
+    pace.note(1, 0.5)
+    assert pace.wait(1000) == 8, "1.4 s for 91 rows"
     assert pace.wait(1) == 1
     assert pace.wait(10**9) == LONGEST_WAIT

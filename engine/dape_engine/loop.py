@@ -180,6 +180,7 @@ class StepLoop:
         self._steps += 1
         self._progress = time.monotonic()
         chunks, results = [*ahead, *landed], [*results, *landed_results]
+        self._pace.note(sum(chunk.count for chunk in chunks), self._progress - started)
         if self._observer is not None:
             seconds = (self._progress - started, model_seconds)
             with _logged():

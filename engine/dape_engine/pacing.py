@@ -30,7 +30,8 @@ class Pace:
     def __init__(self) -> None:
         self._decode_seconds: float | None = None
         self._seconds_per_pair: float | None = None
-        self._seconds_per_row: float | None = None
+        self._recent_seconds = 0.0
+        self._recent_rows = 0.0
         self._last_reader = -math.inf
 
     def background_pairs(self, num_layers: int, now: float) -> tuple[int, int]:
@@ -54,17 +55,14 @@ class Pace:
 
     def observe(self, chunks: Iterable[Chunk], seconds: float, now: float) -> None:
         """Learn from chunks that took so long until now, computed at once and not yet committed."""
-        rows = prompt_pairs = decoding = 0
+        prompt_pairs = decoding = 0
         for chunk in chunks:
-            rows += chunk.count
             if chunk.sequence.priority <= 0:
                 self._last_reader = now
             if chunk.sequence.is_decoding:
                 decoding += 1
             else:
                 prompt_pairs += pairs(chunk)
-        if rows:
-            self._seconds_per_row = _blend(self._seconds_per_row, seconds / rows)
         if decoding and not prompt_pairs:
             self._decode_seconds = _blend(self._decode_seconds, seconds)
         elif prompt_pairs and not decoding:
@@ -74,9 +72,15 @@ class Pace:
         """Learn from so many pairs of prompts that took so long in all layers."""
         self._seconds_per_pair = _blend(self._seconds_per_pair, seconds / prompt_pairs)
 
+    def note(self, rows: int, seconds: float) -> None:
+        """Learn from a whole step, whatever it did."""
+        # Sums, since a step of a thousand rows tells more than one of four.
+        self._recent_rows += rows - SMOOTHING * self._recent_rows
+        self._recent_seconds += seconds - SMOOTHING * self._recent_seconds
+
     def wait(self, rows: int) -> int:
         """Return the seconds after which half of the rows that wait will have been computed, at least 1."""
-        seconds = rows / 2 * (self._seconds_per_row or 0.0)
+        seconds = rows / 2 * self._recent_seconds / max(self._recent_rows, 1.0)
         return min(LONGEST_WAIT, max(1, math.ceil(seconds)))
 
 
