@@ -14,8 +14,10 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -48,6 +50,8 @@ BLOCK_SIZE = 4
 
 COMPLETIONS, PERPLEXITY = "/v1/completions", "/v1/perplexity"
 JSON = {"content-type": "application/json"}
+IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
+"""A text to score."""
 CANARY = "swordfish"
 """Text of prompts that no error may repeat."""
 
@@ -334,3 +338,10 @@ def check_refused(client, path, body, param=None, *, status=400, code=None, says
     assert len(answer.text) < 1000
     assert client.engine.free_blocks == free
     assert client.post(COMPLETIONS, json={"prompt": "the", "max_tokens": 1}).status_code == 200
+
+
+def score(client: TestClient, **body: object) -> Any:
+    """Return the answer about the perplexity of `IDS`; a bare NaN in it is an error."""
+    answer = client.post(PERPLEXITY, json={"input": IDS, **body})
+    assert answer.status_code == 200, answer.text
+    return json.loads(answer.text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))

@@ -7,21 +7,13 @@ import re
 
 import pytest
 
-from fakes import BOS, EOS, PERPLEXITY, FakeEngine, check_refused, logprob, serving
-
-IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
+from fakes import BOS, EOS, IDS, PERPLEXITY, FakeEngine, check_refused, logprob, score, serving
 
 
 @pytest.fixture
 def client():
     with serving() as client:
         yield client
-
-
-def score(client, **body):
-    answer = client.post(PERPLEXITY, json={"input": IDS, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def nll(start, score_from, end, ids=IDS):

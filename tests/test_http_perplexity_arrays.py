@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import struct
 
 import numpy as np
 import pytest
 
-from fakes import PERPLEXITY, FakeEngine, check_refused, logprob, serving
+from fakes import IDS, PERPLEXITY, FakeEngine, check_refused, logprob, score, serving
 
-IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
 NLLS = [-logprob(IDS[i - 1], IDS[i], i) for i in range(1, 11)]
 
 
@@ -20,13 +18,6 @@ NLLS = [-logprob(IDS[i - 1], IDS[i], i) for i in range(1, 11)]
 def client():
     with serving() as client:
         yield client
-
-
-def score(client, **body):
-    answer = client.post(PERPLEXITY, json={"input": IDS, **body})
-    assert answer.status_code == 200, answer.text
-    # Strict: a bare NaN is an error here.
-    return json.loads(answer.text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
 
 
 def packed(values):

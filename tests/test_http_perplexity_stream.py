@@ -11,21 +11,24 @@ from dape_engine.errors import QueueFullError
 from dape_engine.request import BACKGROUND
 from dape_server import limits
 from dape_server.scores import plan, run
-from fakes import CANARY, COMPLETIONS, PERPLEXITY, FakeEngine, check_refused, events, logprob, serving
-
-IDS = [259, 264, 70, 71, 259, 80, 81, 264, 90, 91, 259]
+from fakes import (
+    CANARY,
+    COMPLETIONS,
+    IDS,
+    PERPLEXITY,
+    FakeEngine,
+    check_refused,
+    events,
+    logprob,
+    score,
+    serving,
+)
 
 
 @pytest.fixture
 def client():
     with serving() as client:
         yield client
-
-
-def score(client, **body):
-    answer = client.post(PERPLEXITY, json={"input": IDS, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 class TestProgress:
