@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import logging
 import re
@@ -17,13 +18,15 @@ from dape_server.keys import accepted_keys
 from dape_server.settings import ServerSettings
 from fakes import COMPLETIONS, FakeEngine, serving
 
-OPEN = ("/health", "/", "/assets/")
-"""Paths that need no key: health, and the page, which asks for the key itself."""
 BODY = {"prompt": "the", "max_tokens": 1}
 
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+def basic(key: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"name:{key}".encode()).decode()}
 
 
 @pytest.fixture
@@ -96,25 +99,36 @@ def test_every_route_is_guarded(method):
         paths |= {"/docs", "/openapi.json", "/docs/oauth2-redirect", "/redoc"}
         # Nothing is reached by another spelling of an open path either.
         strange = {"/health/", "/health/../metrics", "/health%2f", "/assetsx", "/assets", "/ASSETS/x"}
-        for path in paths | strange | {"/nowhere"}:
-            if path in OPEN or path.startswith("/assets/"):
-                continue
-            for headers in ({}, bearer(""), bearer("kex"), {"Authorization": "key"}):
+        assert {"/", "/assets/x"} <= paths
+        for path in (paths | strange | {"/nowhere"}) - {"/health"}:
+            for headers in ({}, bearer(""), bearer("kex"), basic("kex"), {"Authorization": "key"}):
                 answer = client.request(method, path, headers=headers)
                 assert answer.status_code == 401, path
+                is_page = path == "/" or path.startswith("/assets/")
+                assert answer.headers["www-authenticate"].startswith("Basic" if is_page else "Bearer")
         assert client.engine.requests == []
 
 
 @pytest.mark.parametrize(
-    "path", ["/assets/../v1/models", "/assets/%2e%2e/v1/models", "/assets//v1/models", "/assets/x"]
+    ("credentials", "status"),
+    [("anyone:key", 200), (":key", 200), ("key", 401), ("key:", 401), ("a:b:key", 401), ("anyone:kex", 401)],
 )
-def test_the_open_folder_leads_nowhere_else(path):
+def test_browsers_send_the_key_as_a_password(credentials, status):
+    encoded = base64.b64encode(credentials.encode()).decode()
     with serving(api_key=("key",)) as client:
-        # Sent as it is: the client would tidy the path up.
-        answer = client.get("/", extensions={"target": path.encode()})
-        assert client.get(path).status_code in (401, 404)
-        assert "data" not in answer.text or answer.status_code == 200
-        assert '"owned_by"' not in answer.text
+        for path in ("/", "/v1/models", "/metrics"):
+            answer = client.get(path, headers={"Authorization": f"Basic {encoded}"})
+            assert answer.status_code == status
+        broken = client.get("/", headers={"Authorization": f"Basic !{encoded}"})
+        assert broken.status_code == 401
+
+
+def test_a_browsers_key_is_the_same_tenant():
+    with serving(api_key=("key",)) as client:
+        for headers in (bearer("key"), basic("key")):
+            client.post(COMPLETIONS, json=BODY, headers=headers)
+        first, second = client.engine.requests
+        assert first.scheduling.tenant == second.scheduling.tenant != ""
 
 
 def test_every_key_is_compared_whichever_is_given(monkeypatch):

@@ -450,26 +450,28 @@ def test_light_and_dark(browser: Any, url: str) -> None:
         assert luminance(page) > 200
 
 
-def test_guarded_server_asks_for_its_key(browser: Any, tmp_path: Path) -> None:
+def test_guarded_server_takes_its_key_as_the_browsers_password(browser: Any, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tiny")
-    with (
-        server_of(str(folder), "--api-key", KEY, "--kv-cache-memory", "4MiB") as url,
-        opened(browser, url, allowed="401") as page,
-    ):
-        says(page, "model", "This server wants an API key.")
-        expect(page.locator("#key")).to_be_focused()
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        says(page, "model", "The server does not accept this API key.")
-        page.fill("#key", KEY)
-        page.keyboard.press("Enter")
-        says(page, "model", "tiny")
-        page.fill("#max-tokens", "4")
-        page.click("#complete-go")
-        says(page, "c-status", "in all")
-        kept = page.locator("html").evaluate("() => [sessionStorage.length, JSON.stringify(localStorage)]")
-        assert kept[0] == 1
-        assert KEY not in kept[1]
-        assert KEY not in page.content()
-        page.reload()
-        says(page, "model", "tiny")
+    credentials = {"username": "anyone", "password": KEY}
+    with server_of(str(folder), "--api-key", KEY, "--kv-cache-memory", "4MiB") as url:
+        assert httpx.get(url).status_code == 401
+        with opened(browser, url, allowed="401", http_credentials=credentials) as page:
+            says(page, "model", "tiny")
+            page.fill("#max-tokens", "4")
+            page.click("#complete-go")
+            says(page, "c-status", "in all")
+            page.click("#key-box summary")
+            page.fill("#key", "wrong")
+            page.keyboard.press("Enter")
+            says(page, "model", "The server does not accept this API key.")
+            page.fill("#key", KEY)
+            page.keyboard.press("Enter")
+            says(page, "model", "tiny")
+            kept = page.locator("html").evaluate(
+                "() => [sessionStorage.length, JSON.stringify(localStorage)]"
+            )
+            assert kept[0] == 1
+            assert KEY not in kept[1]
+            assert KEY not in page.content()
+            page.reload()
+            says(page, "model", "tiny")

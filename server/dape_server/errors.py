@@ -78,8 +78,6 @@ def error_response(error: DapeError, headers: Mapping[str, str] | None = None) -
         extra["Retry-After"] = str(error.retry_after)
     elif error.status == 503:
         extra["Retry-After"] = str(RETRY_SECONDS)
-    elif error.status == 401:
-        extra["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status, extra)
 
 

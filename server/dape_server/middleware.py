@@ -7,6 +7,7 @@ has left.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
@@ -27,16 +28,16 @@ from dape_server.lifecycle import Lifecycle
 from dape_server.limits import MAX_DISCARDED_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
 
 logger = logging.getLogger(__name__)
-OPEN_PATHS = frozenset({"/health", "/"})
-OPEN_FOLDER = "/assets/"
-"""Of the page at /, which asks for the key itself."""
+OPEN_PATHS = frozenset({"/health"})
+PAGE = ("/", "/assets/")
+"""Where browsers go by themselves: they are asked for a name, any one, and for a password, the key."""
 CROWDED = "crowded"
 """Key of the scope's state that is true on connections above the server's limit."""
 CLOSE = {"Connection": "close"}
 
 
 class RequireKey:
-    """Refuses requests without one of the keys, on every path but those of health and the page."""
+    """Refuses requests without one of the keys, on every path but that of health."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]):
         self.app = app
@@ -44,26 +45,34 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event stream, as ASGI defines it."""
-        if scope["type"] == "lifespan" or _is_open(scope) or self._knows(scope):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._knows(scope):
             return await self.app(scope, receive, send)
         error = HttpError(401, "authorization: a valid key is required", code="invalid_api_key")
-        await error_response(error)(scope, receive, send)
+        is_page = scope["path"] == PAGE[0] or scope["path"].startswith(PAGE[1])
+        challenge = 'Basic realm="API key as password", charset="UTF-8"' if is_page else "Bearer"
+        await error_response(error, {"WWW-Authenticate": challenge})(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
         header = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = header.partition(b" ")
+        if scheme.lower() == b"basic":
+            key = _password(key)
         digest = hashlib.sha256(key.strip()).digest()
         # Digests are of one length and all of them are compared: the time tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
+        if scheme.lower() not in (b"bearer", b"basic") or not any(matches):
             return False
         # Whose request it is, for those who share the engine out: never the key itself.
         scope.setdefault("state", {})["tenant"] = digest.hex()
         return True
 
 
-def _is_open(scope: Scope) -> bool:
-    return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+def _password(credentials: bytes) -> bytes:
+    """Return the password of a browser's credentials, empty where there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 class BoundHeaders:
