@@ -16,6 +16,18 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0
 SMALL: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 4, "max_num_batched_tokens": 64}
 
 
+class HttpEngine(AsyncEngine):
+    """A real engine with what the helpers of a live server look at."""
+
+    @property
+    def active(self) -> dict[Any, Any]:
+        return self._jobs
+
+    @property
+    def free_blocks(self) -> int:
+        return self.state().free_blocks
+
+
 @asynccontextmanager
 async def engine_of(folder: Path, observer: Any = None, **options: Any) -> AsyncIterator[AsyncEngine]:
     """A started engine that must end with all blocks free and nothing at work."""

@@ -22,6 +22,7 @@ from dape_engine.engine import AsyncEngine
 from dape_engine.errors import EngineStoppedError, StepError
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams, ScoreRequest, Window
+from engines import HttpEngine
 from fakes import COMPLETIONS
 from live import PATIENCE, live, request, until
 from models import write_model
@@ -276,18 +277,6 @@ async def test_an_observer_that_fails_ends_nothing(folder: Path) -> None:
 
 
 # --- Health --------------------------------------------------------------------------------------
-
-
-class HttpEngine(AsyncEngine):
-    """A real engine with what the helpers of a live server look at."""
-
-    @property
-    def active(self) -> dict[Any, Any]:
-        return self._jobs
-
-    @property
-    def free_blocks(self) -> int:
-        return self.state().free_blocks
 
 
 def http_engine(folder: Path) -> HttpEngine:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dape_engine.engine import AsyncEngine
 from dape_engine.options import EngineOptions
+from engines import HttpEngine
 from fakes import COMPLETIONS, PERPLEXITY, FakeEngine
 from live import live, request, until
 from models import write_model
@@ -25,18 +25,6 @@ CLIENTS = 40
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-class HttpEngine(AsyncEngine):
-    """A real engine with what the helpers of a live server look at."""
-
-    @property
-    def active(self) -> dict[Any, Any]:
-        return self._jobs
-
-    @property
-    def free_blocks(self) -> int:
-        return self.state().free_blocks
 
 
 def open_files() -> int:

@@ -321,8 +321,10 @@ def _logged() -> Iterator[None]:
 
 def _split(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
     """Return the chunks that a step computes at once, and background work beside them."""
-    ahead = [chunk for chunk in chunks if chunk.sequence.priority <= 0 or chunk.sequence.is_decoding]
-    return ahead, [chunk for chunk in chunks if chunk not in ahead]
+    parts: tuple[list[Chunk], list[Chunk]] = ([], [])
+    for chunk in chunks:
+        parts[chunk.sequence.priority > 0 and not chunk.sequence.is_decoding].append(chunk)
+    return parts
 
 
 def _step_stats(

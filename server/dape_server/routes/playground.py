@@ -1,4 +1,4 @@
-"""GET / and its assets: the playground page, from memory. It holds no data, so it needs no key."""
+"""GET / and its assets: the playground page, from memory. It holds no data."""
 
 from __future__ import annotations
 
