@@ -299,7 +299,8 @@ class FakeEngine:
         values = [logprob(before[-1], other, len(before)) for other in range(self.config.vocab_size)]
         likeliest = sorted(range(len(values)), key=lambda other: (-values[other], other))[:top]
         shown = dict.fromkeys((*likeliest, *others))
-        return TokenLogprob(token, values[token], tuple((other, values[other]) for other in shown))
+        rank = 1 + sum(value > values[token] for value in values)
+        return TokenLogprob(token, values[token], tuple((other, values[other]) for other in shown), rank)
 
 
 @contextmanager

@@ -181,7 +181,7 @@ class SimulatedEngine:
         prefix = tuple(sequence.tokens[: place + 1])
         value = float(sum((place + 1) * token for place, token in enumerate(prefix)) + 100 * place)
         top = tuple((token, value + token) for token in range(sequence.top_logprobs))
-        return TokenLogprob(sequence.tokens[place], value, top)
+        return TokenLogprob(sequence.tokens[place], value, top, rank=1 + int(value) % 1000)
 
     def run(self, limit: int = 1000) -> list[Step]:
         """Run until all is done; fail after `limit` steps."""

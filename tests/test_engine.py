@@ -163,6 +163,8 @@ async def test_prompt_logprobs_come_with_the_first_output(folder: Path) -> None:
             assert entry is not None
             assert entry.logprob == pytest.approx(float(expected[index - 1, prompt[index]]), abs=1e-4)
             assert len(entry.top) == 2
+            likelihoods = expected[index - 1]
+            assert entry.rank == 1 + int((likelihoods > likelihoods[prompt[index]]).sum())
     assert all(output.prompt_logprobs is None for output in rest)
     assert (only.finish_reason, only.token_ids) == ("length", ())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dape_engine.errors import DeadlineError, QueueFullError, StepError
 from dape_engine.loop import FAILED_STEPS
@@ -22,7 +23,7 @@ from dape_engine.request import (
     WindowScores,
 )
 from engines import GREEDY, drawn, engine_of, generate, tokens
-from models import write_model
+from models import plain_logprobs, write_model
 
 LONG = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
 
@@ -70,6 +71,9 @@ class TestKeptLogProbabilities:
         assert entries[0] is None
         assert tuple(entry.logprob for entry in entries[1:] if entry) == scored.logprobs
         assert outputs[0].num_cached_tokens == 56
+        likelihoods = plain_logprobs(folder, prompt)[:-1]
+        own = likelihoods.gather(1, torch.tensor(prompt[1:])[:, None])
+        assert [entry.rank for entry in entries[1:] if entry] == (1 + (likelihoods > own).sum(-1)).tolist()
 
     async def test_more_alternatives_than_are_kept_are_computed(self, folder: Path) -> None:
         async with engine_of(folder) as engine:

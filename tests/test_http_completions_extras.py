@@ -129,10 +129,12 @@ class TestPromptLogprobs:
         assert second[str(CAT)]["logprob"] == logprob(THE, CAT, 1)
         assert second[str(CAT)]["decoded_token"] == " cat"
         for place in (second, third):
-            ranked = {entry["rank"]: entry["logprob"] for entry in place.values() if entry["rank"]}
-            assert ranked.keys() == {1, 2}
+            ranked = {entry["rank"]: entry["logprob"] for entry in place.values()}
+            assert ranked.keys() >= {1, 2}
             assert ranked[1] >= ranked[2]
-        assert [entry["rank"] for token, entry in third.items() if token == "70"] == [None]
+        size = client.engine.config.vocab_size
+        above = sum(logprob(CAT, token, 2) > logprob(CAT, 70, 2) for token in range(size))
+        assert third["70"]["rank"] == above + 1 > 2
 
     def test_own_token_among_the_likeliest_is_there_once_with_its_rank(self, client):
         size = client.engine.config.vocab_size

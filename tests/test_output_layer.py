@@ -39,11 +39,13 @@ def test_any_workspace_gives_the_exact_values(
     rows: int, width: int, vocab: int, workspace: int, dtype: torch.dtype
 ) -> None:
     hidden, weight, targets = inputs(rows, width, vocab, dtype)
-    logprobs, ids, values = score_targets(hidden, weight, targets, 4, workspace=workspace)
+    logprobs, ranks, ids, values = score_targets(hidden, weight, targets, 4, workspace=workspace)
     exact = exact_logprobs(hidden, weight)
     best = np.argsort(-exact, axis=-1)[:, : min(4, vocab)]
     np.testing.assert_allclose(logprobs, exact[np.arange(rows), targets], rtol=2e-6, atol=5e-6)
     np.testing.assert_array_equal(ids, best)
+    own = exact[np.arange(rows), targets][:, None]
+    np.testing.assert_array_equal(ranks, 1 + (exact > own).sum(-1))
     np.testing.assert_allclose(values, np.take_along_axis(exact, best, -1), rtol=2e-6, atol=5e-6)
     assert (logprobs.dtype, ids.dtype, values.dtype) == (torch.float32, torch.int64, torch.float32)
 
@@ -68,40 +70,61 @@ def test_a_backends_own_product_gives_the_same_values(workspace: int) -> None:
 @pytest.mark.parametrize("workspace", [700, 5000, 1 << 20])
 def test_the_most_likely_target_and_the_first_alternative_are_equal_to_the_bit(workspace: int) -> None:
     hidden, weight, _ = inputs(50, 24, 211)
-    _, ids, values = score_targets(hidden, weight, torch.zeros(50, dtype=torch.int64), 1, workspace=workspace)
-    again, _, _ = score_targets(hidden, weight, ids[:, 0], 1, workspace=workspace)
+    _, _, ids, values = score_targets(
+        hidden, weight, torch.zeros(50, dtype=torch.int64), 1, workspace=workspace
+    )
+    again, ranks, _, _ = score_targets(hidden, weight, ids[:, 0], 1, workspace=workspace)
     assert torch.equal(again, values[:, 0])
+    assert ranks.tolist() == [1] * 50
+
+
+@pytest.mark.parametrize("top", [0, 3, 40])
+def test_ranks_and_alternatives_agree_where_tokens_are_alike(top: int) -> None:
+    """Each weight is there twice: only rounding, or the order of the pieces, tells such tokens apart."""
+    hidden, weight, _ = inputs(8, 24, 20)
+    hidden, weight = hidden.repeat_interleave(40, 0), weight.repeat(2, 1)
+    targets = torch.arange(40).repeat(8)
+    _, ranks, ids, _ = score_targets(hidden, weight, targets, top, workspace=700)
+    exact = exact_logprobs(hidden, weight[:20])
+    above = 2 * (exact > exact[np.arange(320), targets % 20][:, None]).sum(-1)
+    for rank, token, listed, count in zip(ranks.tolist(), targets.tolist(), ids.tolist(), above, strict=True):
+        assert rank in (count + 1, count + 2)
+        assert (rank <= top) == (token in listed)
+        assert rank > top or listed[rank - 1] == token
 
 
 def test_asking_for_alternatives_changes_no_value() -> None:
     hidden, weight, targets = inputs(20, 8, 90)
-    alone, ids, values = score_targets(hidden, weight, targets)
+    alone, ranks, ids, values = score_targets(hidden, weight, targets)
     assert ids.shape == values.shape == (20, 0)
-    assert torch.equal(alone, score_targets(hidden, weight, targets, 5)[0])
+    among = score_targets(hidden, weight, targets, 5)
+    assert torch.equal(alone, among[0])
+    assert torch.equal(ranks, among[1])
 
 
 def test_more_alternatives_than_tokens_give_them_all() -> None:
     hidden, weight, targets = inputs(3, 8, 9)
-    _, ids, values = score_targets(hidden, weight, targets, 20, workspace=200)
+    _, _, ids, values = score_targets(hidden, weight, targets, 20, workspace=200)
     assert ids.sort(-1).values.tolist() == [list(range(9))] * 3
     np.testing.assert_allclose(values.exp().sum(-1), 1, rtol=1e-6)
 
 
 def test_no_rows_give_no_values() -> None:
     hidden, weight, targets = inputs(0, 8, 9)
-    assert [tuple(part.shape) for part in score_targets(hidden, weight, targets, 2)] == [(0,), (0, 2), (0, 2)]
+    shapes = [tuple(part.shape) for part in score_targets(hidden, weight, targets, 2)]
+    assert shapes == [(0,), (0,), (0, 2), (0, 2)]
 
 
 def test_a_certain_token_keeps_its_digits() -> None:
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[20.0], [4.0], [4.0]])
-    logprob, _, _ = score_targets(hidden, weight, torch.tensor([0]), workspace=1)
+    logprob, *_ = score_targets(hidden, weight, torch.tensor([0]), workspace=1)
     assert logprob.item() == pytest.approx(-2 * math.exp(-16), rel=0.1)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_large_logits_do_not_overflow(scale: float) -> None:
     hidden, weight, targets = inputs(4, 3, 17)
-    logprobs, _, _ = score_targets(hidden * scale, weight, targets, workspace=64)
+    logprobs, *_ = score_targets(hidden * scale, weight, targets, workspace=64)
     assert logprobs.isfinite().all()
 
 

@@ -15,12 +15,13 @@ class BlockScores:
     does. The text's very first token has none.
     """
 
-    __slots__ = ("_ids", "_logprobs", "_values", "top")
+    __slots__ = ("_ids", "_logprobs", "_ranks", "_values", "top")
 
     def __init__(self, scored: Sequence[TokenLogprob], top: int):
         self.top = top
         """Alternatives kept per token, all of them where the vocabulary is smaller."""
         self._logprobs = array("f", [entry.logprob for entry in scored])
+        self._ranks = array("i", [entry.rank for entry in scored])
         self._ids = array("i", [token for entry in scored for token, _ in entry.top])
         self._values = array("f", [value for entry in scored for _, value in entry.top])
 
@@ -37,5 +38,5 @@ class BlockScores:
         for place, token in enumerate(tokens, first):
             kept = slice(place * width, place * width + min(top, width))
             pairs = tuple(zip(self._ids[kept], self._values[kept], strict=True))
-            result.append(TokenLogprob(token, self._logprobs[place], pairs))
+            result.append(TokenLogprob(token, self._logprobs[place], pairs, self._ranks[place]))
         return result

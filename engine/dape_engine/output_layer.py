@@ -19,6 +19,8 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 """From hidden states [R, h] to logits float32 [R, tokens], a tensor of its own."""
 WORKSPACE = 32 << 20
 """Bytes of scratch memory of one call, unless the caller says otherwise."""
+COMPARED = 1 << 18
+"""Logits that are compared with their rows' targets at a time, unless a row has more: a cache holds them."""
 
 
 def logits(hidden: Tensor, weight: Tensor, *, workspace: int = WORKSPACE) -> Tensor:
@@ -44,11 +46,13 @@ def score_targets(
     *,
     multiply: Product | None = None,
     workspace: int = WORKSPACE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the log-probability of one token per row and of the most likely tokens at its place.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the log-probability and rank of one token per row, and the most likely tokens at its place.
 
     The log-sum-exp runs over pieces of the rows and of the vocabulary. Target and alternatives are read from
     the same numbers: where the target is the most likely token, both log-probabilities are equal to the bit.
+    A rank is 1 + the number of more likely tokens; tokens whose logits differ by rounding only may change
+    places, but never with an alternative that is returned.
 
     Args:
         hidden: [R, h], any float type.
@@ -59,8 +63,8 @@ def score_targets(
         workspace: bytes of scratch memory, half for widened weights and half for logits.
 
     Returns:
-        Log-probabilities float32 [R], token ids int64 [R, k] and log-probabilities float32 [R, k] of the
-        alternatives, most likely first.
+        Log-probabilities float32 [R] and ranks int64 [R] of the targets, token ids int64 [R, k] and
+        log-probabilities float32 [R, k] of the alternatives, most likely first.
 
     Raises:
         StepError: a logit is not finite.
@@ -70,6 +74,9 @@ def score_targets(
     peak = hidden.new_full((count,), -math.inf, dtype=torch.float32)
     total = torch.zeros_like(peak)
     own = torch.zeros_like(peak)
+    # The target's logit, known before the piece of the vocabulary that holds it comes.
+    mark = (hidden.float() * weight[targets].float()).sum(-1)
+    above = torch.zeros_like(targets)
     values = peak[:, None].repeat(1, k)
     ids = torch.zeros_like(values, dtype=torch.int64)
     products = [(0, vocab_size, multiply)] if multiply else _products(weight, workspace // 2)
@@ -78,6 +85,7 @@ def score_targets(
         for rows in (slice(start, start + step) for start in range(0, count, step)):
             scores = product(hidden[rows])
             _take_own(scores, targets[rows] - first, own[rows])
+            _count_above(scores, mark[rows], above[rows])
             if k:
                 _merge_top(scores, first, values[rows], ids[rows])
             highest = torch.maximum(peak[rows], scores.amax(-1))
@@ -88,7 +96,9 @@ def score_targets(
     logprobs = own - peak - log_total
     if not math.isfinite(logprobs.sum().item()):
         raise StepError("the model's logits are not finite")
-    return logprobs, ids, values - peak[:, None] - log_total[:, None]
+    # Its own logit and the mark are two sums of the same products: it must not be above itself.
+    ranks = _ranks(above + (own <= mark), targets, ids)
+    return logprobs, ranks, ids, values - peak[:, None] - log_total[:, None]
 
 
 def _products(weight: Tensor, workspace: int) -> Iterator[tuple[int, int, Product]]:
@@ -109,6 +119,25 @@ def _take_own(scores: Tensor, places: Tensor, own: Tensor) -> None:
     inside = (places >= 0) & (places < scores.shape[1])
     found = scores.gather(1, places.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
     own.copy_(torch.where(inside, found, own))
+
+
+def _count_above(scores: Tensor, mark: Tensor, above: Tensor) -> None:
+    """Add to `above` [rows] how many of a piece's scores [rows, tokens] are above the rows' marks."""
+    step = max(1, COMPARED // scores.shape[1])
+    # Zeros and ones as floats: several times as fast to add up as booleans, and exact to 2^24.
+    flags = torch.empty_like(scores[:step])
+    for first in range(0, len(scores), step):
+        part = slice(first, first + step)
+        found = torch.gt(scores[part], mark[part, None], out=flags[: len(mark[part])])
+        above[part] += found.sum(-1).long()
+
+
+def _ranks(counted: Tensor, targets: Tensor, ids: Tensor) -> Tensor:
+    """Return the ranks [R]: the place among the alternatives [R, k], or what was counted behind them."""
+    k = ids.shape[1]
+    listed = torch.cat([ids == targets[:, None], torch.ones_like(targets, dtype=torch.bool)[:, None]], -1)
+    place = listed.int().argmax(-1)
+    return torch.where(place < k, place + 1, counted.clamp(min=k + 1))
 
 
 def _merge_top(scores: Tensor, first: int, values: Tensor, ids: Tensor) -> None:

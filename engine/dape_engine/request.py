@@ -117,6 +117,8 @@ class TokenLogprob:
     """Natural logarithm, of the model's distribution before temperature, penalties and filters."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability), most likely first; then those of `logprob_token_ids`, as asked for."""
+    rank: int = 0
+    """Of a prompt's token: 1 + the number of more likely ones. 0: not counted, as of drawn tokens."""
 
 
 @dataclass(frozen=True, slots=True)

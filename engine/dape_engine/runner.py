@@ -201,7 +201,7 @@ class ModelRunner:
 
     def _logprobs(self, hidden: Tensor, targets: list[int], top: int) -> list[TokenLogprob]:
         weight = self.model.final_linear.weight
-        logprobs, ids, values = score_targets(
+        logprobs, ranks, ids, values = score_targets(
             hidden,
             weight,
             torch.tensor(targets, device=self.device),
@@ -209,9 +209,9 @@ class ModelRunner:
             multiply=self._decoder.logits if self._decoder is not None else None,
         )
         return [
-            TokenLogprob(target, logprob, tuple(zip(top_ids, top_values, strict=True)))
-            for target, logprob, top_ids, top_values in zip(
-                targets, logprobs.tolist(), ids.tolist(), values.tolist(), strict=True
+            TokenLogprob(target, logprob, tuple(zip(top_ids, top_values, strict=True)), rank)
+            for target, logprob, rank, top_ids, top_values in zip(
+                targets, logprobs.tolist(), ranks.tolist(), ids.tolist(), values.tolist(), strict=True
             )
         ]
 

@@ -113,15 +113,10 @@ def prompt_logprobs(output: GenerationOutput, top: int, tokenizer: TextTokenizer
 
 
 def _by_token(entry: TokenLogprob, tokenizer: TextTokenizer) -> dict[str, PromptLogprob]:
-    """Return one place's tokens by id.
-
-    The rank of a token beyond the alternatives would need a second pass over the vocabulary.
-    """
+    """Return one place's tokens by id."""
     found: dict[str, PromptLogprob] = {}
-    ranked: list[tuple[int, float, int | None]] = [
-        (token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top, 1)
-    ]
-    for token, logprob, rank in (*ranked, (entry.token_id, entry.logprob, None)):
+    ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top, 1)]
+    for token, logprob, rank in (*ranked, (entry.token_id, entry.logprob, entry.rank)):
         shown: PromptLogprob = {
             "logprob": logprob,
             "rank": rank,

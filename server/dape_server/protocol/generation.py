@@ -231,8 +231,8 @@ class PromptLogprob(TypedDict):
     """vLLM's report of one token at a place of the prompt."""
 
     logprob: float
-    rank: int | None
-    """1 for the likeliest token; null for the prompt's own token where it is not among the alternatives."""
+    rank: int
+    """1 + the number of more likely tokens."""
     decoded_token: str
 
 
