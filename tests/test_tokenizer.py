@@ -337,10 +337,10 @@ class TestChatTemplate:
     )
     def test_damaged_settings_are_named(self, folder: Path, content: bytes) -> None:
         (folder / "tokenizer_config.json").write_bytes(content)
-        with pytest.raises(ModelFolderError, match=r"chat.template"):
+        with pytest.raises(ModelFolderError, match=r"chat.template|tokenizer_config"):
             TextTokenizer.load(folder, config())
 
     def test_template_that_is_no_text(self, folder: Path) -> None:
         (folder / "chat_template.jinja").write_bytes(b"\xff")
-        with pytest.raises(ModelFolderError, match="cannot read the chat template"):
+        with pytest.raises(ModelFolderError, match=r"chat_template\.jinja is not UTF-8"):
             TextTokenizer.load(folder, config())

@@ -8,11 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dape_kernels.encoding import FORMS
 
-Positive = Annotated[int, Field(gt=0)]
+MAX_SIZE = (1 << 31) - 1
+"""Of anything: products of two sizes in bytes then have a number of 64 bits."""
+Positive = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+MAX_LAYERS = 1024
 MAX_HEADS = 64
 MAX_HEAD_DIM = 256
 MAX_DAPE_WIDTH = 128
+MAX_SINUSOIDS = 1 << 16
 
 Kind = Literal[
     "nope",
@@ -41,7 +45,7 @@ class PositionConfig(BaseModel):
     """FIRE: width of the network that maps the normalised distance to the biases."""
     init_length: Positive = 64
     """FIRE: initial value of the threshold L below which the query position does not matter."""
-    dimension: Positive = 128
+    dimension: Annotated[int, Field(gt=0, le=MAX_SINUSOIDS)] = 128
     """Sandwich: number of sinusoids, times two."""
     base: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10000.0
     """RoPE: base of the frequencies."""
@@ -88,7 +92,7 @@ class ModelConfig(BaseModel):
     architectures: list[str] = ["DapeForCausalLM"]
     vocab_size: Positive
     hidden_size: Positive
-    num_hidden_layers: Positive
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     num_attention_heads: Annotated[int, Field(gt=0, le=MAX_HEADS)]
     intermediate_size: Positive
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5

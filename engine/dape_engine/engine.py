@@ -65,17 +65,15 @@ class AsyncEngine(StepLoop):
         dtype = _dtype(options, self.config.dtype, device)
         self.dtype_name = str(dtype).removeprefix("torch.")
         model = load_model(folder, dtype, device)
-        self.max_model_len = options.max_model_len or self.config.max_model_len
-        if self.max_model_len > self.config.max_model_len:
-            raise SettingsError(
-                f"max_model_len: {self.max_model_len} is above the model's {self.config.max_model_len}"
-            )
-        runner = ModelRunner(model, options, self.max_model_len)
+        wanted = options.max_model_len or self.config.max_model_len
+        if wanted > self.config.max_model_len:
+            raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")
+        runner = ModelRunner(model, options, wanted)
         self._layers = LayerWeights(folder, runner)
         self.backend_name = runner.backend.name
         self.num_blocks = runner.num_blocks
         self.block_size = options.block_size
-        self.max_model_len = min(self.max_model_len, self.num_blocks * self.block_size)
+        self.max_model_len = runner.max_model_len
         self._pool = BlockPool(self.num_blocks, self.block_size)
         scheduler = Scheduler(
             self._pool,

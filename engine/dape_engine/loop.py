@@ -194,9 +194,11 @@ class StepLoop:
         try:
             return self._runner.run(chunks, states)
         except Exception as error:
-            logger.exception("a step of %d requests has failed", len(chunks))
+            known = error.message if isinstance(error, StepError) else None
+            reason = known or type(error).__name__
+            # Where in the code it came from is of use for defects only.
+            logger.error("a step of %d requests has failed: %s", len(chunks), reason, exc_info=known is None)
             if len(chunks) == 1:
-                reason = error.message if isinstance(error, StepError) else type(error).__name__
                 return [ChunkResult(error=StepError(f"the model failed on this request: {reason}"))]
         return [result for chunk in chunks for result in self._compute([chunk], states)]
 

@@ -73,7 +73,6 @@ class ModelRunner:
             )
         except ValueError as error:
             raise SettingsError(f"attention_backend: {error}") from error
-        self.encodings = [self.backend.prepare(e, max_model_len, self.device) for e in encodings]
         config = model.config
         self.num_layers = config.num_hidden_layers
         block_bytes = config.num_hidden_layers * self.backend.block_bytes(
@@ -85,21 +84,29 @@ class ModelRunner:
                 f"kv_cache_memory: {options.kv_cache_memory} bytes hold {self.num_blocks} blocks of "
                 f"{block_bytes} bytes; at least 2 are needed"
             )
-        self.caches = [
-            self.backend.allocate(
-                self.num_blocks,
-                self.block_size,
-                config.num_attention_heads,
-                config.head_dim,
-                dtype,
-                self.device,
-            )
-            for _ in range(config.num_hidden_layers)
-        ]
+        self.max_model_len = min(max_model_len, self.num_blocks * self.block_size)
+        """Longest sequence that the cache holds; tables of distances are no longer."""
+        self.encodings = [self.backend.prepare(e, self.max_model_len, self.device) for e in encodings]
+        try:
+            self.caches = [
+                self.backend.allocate(
+                    self.num_blocks,
+                    self.block_size,
+                    config.num_attention_heads,
+                    config.head_dim,
+                    dtype,
+                    self.device,
+                )
+                for _ in range(config.num_hidden_layers)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            raise SettingsError(
+                f"kv_cache_memory: {options.kv_cache_memory} bytes cannot be allocated"
+            ) from error
         self._decoder: Decoder | None = None
         if model.rotary is None:
             self._decoder = self.backend.decoder(
-                model.decoder_modules(), self.caches, self.encodings, max_model_len
+                model.decoder_modules(), self.caches, self.encodings, self.max_model_len
             )
         if self._decoder is not None:
             # It has its own copy of their weights.

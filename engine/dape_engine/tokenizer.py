@@ -6,7 +6,6 @@ bits per byte are made of.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from dape_engine.config import ModelConfig
 from dape_engine.errors import ModelFolderError, RequestError
+from dape_engine.files import check_regular, read_json, read_text
 from dape_engine.long_text import LONGEST_PIECE, PIECE, can_cut, pieces
 
 FILE = "tokenizer.json"
@@ -52,8 +52,9 @@ class TextTokenizer:
             ModelFolderError: a file is missing or damaged, or it holds ids that the model does not have.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not path.exists():
             raise ModelFolderError(f"{folder} holds no {FILE}")
+        check_regular(path)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -147,16 +148,17 @@ class TextTokenizer:
 def _chat_template(folder: Path) -> str | None:
     """Return the folder's chat template, Jinja text: its own file goes before the tokenizer's settings."""
     own, settings = folder / CHAT_TEMPLATE_FILE, folder / SETTINGS_FILE
+    if own.exists():
+        return read_text(own)
+    if not settings.exists():
+        return None
+    description = read_json(settings)
     try:
-        if own.is_file():
-            return own.read_text(encoding="utf-8")
-        if not settings.is_file():
-            return None
-        template = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+        template = description.get("chat_template")
         if isinstance(template, list):
             # Several, by name.
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (AttributeError, TypeError, KeyError) as error:
         raise ModelFolderError(f"cannot read the chat template in {folder}: {error}") from error
     if template is not None and not isinstance(template, str):
         raise ModelFolderError(f"{settings}: chat_template must be a text")

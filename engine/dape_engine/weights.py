@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dape_engine.config import ModelConfig
 from dape_engine.errors import ModelFolderError
+from dape_engine.files import check_regular, read_json
 from dape_engine.model import DapeForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -45,17 +46,13 @@ def load_config(folder: Path) -> ModelConfig:
         ModelFolderError: the file is missing, is not JSON or holds a wrong value.
     """
     path = folder / "config.json"
+    settings = read_json(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
         return ModelConfig.model_validate(settings)
-    except OSError as error:
-        raise ModelFolderError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
         raise ModelFolderError(f"{path}: {field}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> DapeForCausalLM:
@@ -116,6 +113,7 @@ def save_model_folder(folder: Path, model: DapeForCausalLM, tokenizer: Tokenizer
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
+        check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -128,19 +126,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the weight files, refusing names that lead out of the folder."""
-    index = folder / WEIGHTS_INDEX
+    index, whole = folder / WEIGHTS_INDEX, folder / WEIGHTS
     if not index.exists():
-        if not (folder / WEIGHTS).exists():
+        if not whole.exists() and not whole.is_symlink():
             raise ModelFolderError(f"{folder} holds no {WEIGHTS} (only safetensors weights are read)")
-        return [folder / WEIGHTS]
+        return [whole]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = list(read_json(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelFolderError(f"{index} is damaged: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ModelFolderError(f"{index} names the file {name!r}, which is not in the folder")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(names))]
 
 
 def _share_tied(config: ModelConfig, state: dict[str, Tensor]) -> None:
@@ -160,6 +158,8 @@ def _check_tensors(folder: Path, expected: dict[str, Tensor], state: dict[str, T
         shown = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
         raise ModelFolderError(f"{folder} {what} {len(names)} tensor(s): {shown}")
     for name, tensor in state.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point() or tensor.is_complex():
+            raise ModelFolderError(f"{folder}: tensor {name} has the unexpected type {tensor.dtype}")
         if tensor.shape != expected[name].shape:
             raise ModelFolderError(
                 f"{folder}: tensor {name} has shape {list(tensor.shape)}, "
