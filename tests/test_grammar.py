@@ -214,7 +214,8 @@ class TestRefusals:
         ("kind", "source", "says"),
         [
             ("json", {"type": "wat"}, "Invalid type"),
-            ("json", {"not": {"type": "string"}}, "not"),
+            ("json", {"not": {"minLength": 3}}, "not"),
+            ("json", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
             ("json", {"$ref": "#/$defs/none"}, "does not exist"),
             ("json", {"enum": []}, ""),
             ("regex", "[a-z", "regex"),

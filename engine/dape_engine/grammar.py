@@ -19,6 +19,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from dape_engine.errors import RequestError
+from dape_engine.json_schema import in_known_words
 from dape_engine.tokenizer import TextTokenizer
 
 Kind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
@@ -135,7 +136,9 @@ def _source_text(kind: Kind, source: Any, field: str) -> str:
         _bound(field, len(schema), "bytes", MAX_SCHEMA_BYTES)
         _bound(field, _nesting(source), "levels of nesting and references", MAX_NESTING)
         return LLMatcher.grammar_from_json_schema(
-            schema, defaults={"whitespace_flexible": False}, overrides={"lenient": False}
+            json.dumps(in_known_words(source)),
+            defaults={"whitespace_flexible": False},
+            overrides={"lenient": False},
         )
     if kind == "regex":
         _bound(field, len(source), "characters", MAX_REGEX_CHARS)
