@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -218,6 +219,7 @@ class TestRefusals:
             ("json", {"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
             ("json", {"$ref": "#/$defs/none"}, "does not exist"),
             ("json", {"enum": []}, ""),
+            ("json", {"enum": [1, math.inf]}, "double precision"),
             ("regex", "[a-z", "regex"),
             ("regex", "a(?=b)", "regex"),
             ("grammar", "start: (", "token"),

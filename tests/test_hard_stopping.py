@@ -6,15 +6,18 @@ loads, dies, or comes back.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from dape_server.run import FLUSH_SECONDS
 from models import write_model
 from test_serve import Server
 
@@ -63,6 +66,29 @@ def test_a_killed_server_is_seen_by_its_clients_and_can_be_started_again(folder:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
         assert client.post("/v1/completions", json=body).status_code == 200
     assert again.close() == 0
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(SECONDS, "length"), (0, "engine_stopped")])
+def test_a_signal_in_the_prefill_of_a_long_prompt(tmp_path: Path, patience: int, ends: str) -> None:
+    """The drain finishes the prompt where there is time, and where there is none its client is told."""
+    folder = write_model(tmp_path / "long", max_model_len=16_500)
+    options = ("--kv-cache-memory", "16MiB", "--max-num-batched-tokens", "256")
+    server = Server(folder, *options, "--shutdown-timeout", str(patience))
+    body = {"prompt": [*range(5, 261)] * 64, "max_tokens": 2, "ignore_eos": True, "stream": True}
+    with server.client.stream(
+        "POST", "/v1/completions", json={**body, "return_progress": True}, timeout=SECONDS
+    ) as response:
+        lines = (line for line in response.iter_lines() if line)
+        progress = json.loads(next(lines).removeprefix("data: "))["prompt_progress"]
+        assert progress["processed"] < progress["total"] == 16_384
+        begun = time.monotonic()
+        server.process.terminate()
+        rest = list(lines)
+    assert f'"{ends}"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert server.close() == 0
+    assert time.monotonic() - begun < patience + FLUSH_SECONDS
+    assert "Traceback" not in "".join(server.log)
 
 
 def test_a_second_signal_ends_a_long_drain(folder: Path) -> None:

@@ -193,9 +193,13 @@ def test_sampling_ids_must_be_in_the_vocabulary(client, field):
     check_refused(client, COMPLETIONS, {"prompt": "the", field: value}, field, says=str(size - 1))
 
 
-@pytest.mark.parametrize("key", ["-1", "1.0", "", " 1", "x", "१", "1" * 40, "+1"])
+@pytest.mark.parametrize("key", ["-1", "1.0", "", " 1", "x", "१", "1" * 40, "+1", "1_0"])
 def test_logit_bias_keys_are_token_ids(client, key):
     check_refused(client, COMPLETIONS, {"prompt": "the", "logit_bias": {key: 1}}, "logit_bias")
+
+
+def test_logit_bias_names_each_token_once(client):
+    check_refused(client, COMPLETIONS, {"prompt": "the", "logit_bias": {"5": 1, "05": 2}}, "logit_bias")
 
 
 @pytest.mark.parametrize("value", ["1", None, True, 101, -100.5])

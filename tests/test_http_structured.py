@@ -111,6 +111,7 @@ def test_streamed(client):
         ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": '{"const": 1, "const": 2}'}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": {"type": "wat"}}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": '"' + "x" * 70_000 + '"'}}, "structured_outputs.json"),
         ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),

@@ -132,7 +132,10 @@ class GrammarCompiler:
 def _source_text(kind: Kind, source: Any, field: str) -> str:
     """Return the source in the library's form, once its size is known to be bounded."""
     if kind == "json":
-        schema = json.dumps(source)
+        try:
+            schema = json.dumps(source, allow_nan=False)
+        except ValueError as error:
+            raise _refusal(field, "a number is beyond the range of double precision") from error
         _bound(field, len(schema), "bytes", MAX_SCHEMA_BYTES)
         _bound(field, _nesting(source), "levels of nesting and references", MAX_NESTING)
         return LLMatcher.grammar_from_json_schema(

@@ -68,7 +68,10 @@ def _as_token_biases(value: Any) -> Any:
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise RequestError("logit_bias: every key must be a token id", param="logit_bias")
-    return {int(key): bias for key, bias in value.items()}
+    biases = {int(key): bias for key, bias in value.items()}
+    if len(biases) < len(value):
+        raise RequestError("logit_bias: two keys are the same token id", param="logit_bias")
+    return biases
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]

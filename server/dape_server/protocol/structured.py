@@ -35,9 +35,10 @@ def _as_schema(value: Any) -> Any:
             f"{field}: {len(value)} characters are above the limit of {MAX_SCHEMA_BYTES}", param=field
         )
     try:
-        return jiter.from_json(value.encode(), allow_inf_nan=False)
+        return jiter.from_json(value.encode(), allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
-        raise RequestError(f"{field}: the text is not valid JSON", param=field) from error
+        message = f"{field}: the text is not valid JSON, or not unambiguously"
+        raise RequestError(message, param=field) from error
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(_as_schema, json_schema_input_type=dict[str, Any] | str)]
