@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
-from dape_engine.errors import DapeError
+from dape_engine.errors import DapeError, SettingsError
 from dape_server.cli import cli, main
+from dape_server.cli.options import build_settings, config_option, settings_options
+from dape_server.settings import ServerSettings
 from models import TEXT, write_model
 
 SMALL = ["--kv-cache-memory", "1MiB"]
@@ -128,6 +132,66 @@ def test_settings_come_from_flags_then_environment_then_file(
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("max_num_seqs: 1.5", "'1.5' is not a valid integer"),
+        ("max_num_seqs: true", "'True' is not a valid integer"),
+        ("max_num_seqs: {a: 1}", "max_num_seqs must be a text, a number, true or false, got a dict"),
+        ("max_num_seqs: 2020-01-01", "got a date"),
+        ("max_num_seqs: [1]", "got a list"),
+        ("[" * 5000, "is not valid YAML"),
+        ("stop: ''", "--stop"),
+        ("5: 6", "the unknown option '5'"),
+    ],
+)
+def test_files_of_settings_follow_the_rules_of_the_command_line(
+    folder: str,
+    tmp_path: Path,
+    content: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tmp_path / "dape.yaml"
+    config.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["dape", "generate", folder, "x", "--config", str(config), *SMALL])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_gives_one_text_or_several_where_an_option_may_be_repeated(tmp_path: Path) -> None:
+    seen = []
+
+    @click.command()
+    @config_option
+    @settings_options(ServerSettings)
+    def command(**options: Any) -> None:
+        settings = build_settings(ServerSettings, options)
+        seen.append(([key.get_secret_value() for key in settings.api_key], settings.access_log))
+
+    for content in ("api_key: secret\naccess_log: false", "api_key: [secret, 5]\naccess_log: null"):
+        (tmp_path / "dape.yaml").write_text(content)
+        CliRunner().invoke(command, ["--config", str(tmp_path / "dape.yaml")], catch_exceptions=False)
+    assert seen == [(["secret"], False), (["secret", "5"], True)]
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        with pytest.raises(
+            SettingsError, match=f"--port {port}: cannot listen on 127.0.0.1: Address already"
+        ):
+            dape("serve", "no-such-model", "--port", port)
+    for host in ("no.such.host.invalid", "999.1.1.1", "x" * 300):
+        with pytest.raises(SettingsError, match="--port 0: cannot listen on"):
+            dape("serve", "no-such-model", "--port", "0", "--host", host)
+    with pytest.raises(SettingsError, match="--host"):
+        dape("serve", "no-such-model", "--host", "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "x", "y", "z"], "expected [MODEL] PROMPT"),
@@ -136,6 +200,13 @@ def test_settings_come_from_flags_then_environment_then_file(
         (["generate", "FOLDER", "x", "--max-model-len", "9999"], "9999 is above the model's 512"),
         (["generate", "FOLDER", "x" * 3000], "above the limit of 512"),
         (["generate", "FOLDER", "x", "--kv-cache-memory", "1B"], "hold 0 blocks"),
+        (["generate", "FOLDER", "x", "--kv-cache-memory", "1PiB"], "cannot be allocated"),
+        (["generate", "FOLDER", "x", "--threads", "1000000"], "--threads 1000000"),
+        (["generate", "FOLDER", "x", "--max-num-seqs", "9" * 30], "--max-num-seqs 999"),
+        (["generate", "FOLDER", "x", "--temperature", "nan"], "nan is not a finite number"),
+        (["generate", "FOLDER", "x", "--repetition-penalty", "inf"], "inf is not a finite number"),
+        (["generate", "FOLDER", "x", "--seed", "9" * 30], "--seed"),
+        (["generate", "FOLDER", "x", "--stop", ""], "--stop"),
         (["score", "FOLDER", "no-such-file"], "cannot read no-such-file: No such file"),
         (["score", "FOLDER"], "got no file"),
         (["score", "FOLDER", "BOOK", "--lengths", "a,b"], "expected whole numbers"),

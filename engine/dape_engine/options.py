@@ -6,7 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
+from dape_engine.config import MAX_SIZE
+
+Positive = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+MAX_THREADS = 1024
 
 
 class EngineOptions(BaseModel):
@@ -38,5 +41,5 @@ class EngineOptions(BaseModel):
     """Size of the KV cache over all layers, e.g. 4GiB."""
     block_size: Positive = 16
     """Tokens of one cache block."""
-    threads: Positive | None = None
+    threads: Annotated[int, Field(gt=0, le=MAX_THREADS)] | None = None
     """CPU threads; by default torch's choice."""

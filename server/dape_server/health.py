@@ -90,13 +90,21 @@ def listen(settings: ServerSettings) -> socket.socket | None:
     """
     if settings.health_port is None:
         return None
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return open_listener(settings.host, settings.health_port, "--health-port")
+
+
+def open_listener(host: str, port: int, option: str) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        SettingsError: the address is another's or nobody's; the message names the option of the port.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.health_port), family=family)
-    except OSError as error:
-        raise SettingsError(
-            f"--health-port {settings.health_port}: cannot listen: {error.strerror}"
-        ) from error
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise SettingsError(f"{option} {port}: cannot listen on {host}: {reason}") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the command line wins over the environment, and the environment over the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
@@ -17,6 +18,18 @@ from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 
 from dape_engine.errors import SettingsError
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers. For click NaN lies in every range, and infinity in those without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -102,13 +115,29 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise SettingsError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise SettingsError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, dict):
         raise SettingsError(f"--config {path} must hold options by name")
     entries = {str(key).replace("-", "_"): value for key, value in entries.items()}
-    known = {parameter.name for parameter in context.command.params}
-    unknown = sorted(entries.keys() - known)
+    known = {parameter.name: parameter for parameter in context.command.params}
+    unknown = sorted(entries.keys() - known.keys())
     if unknown:
         raise SettingsError(f"--config {path} holds the unknown option {unknown[0]!r}")
-    context.default_map = {**(context.default_map or {}), **entries}
+    given = {
+        name: _as_typed(path, name, value, many=known[name].multiple)
+        for name, value in entries.items()
+        if value is not None
+    }
+    context.default_map = {**(context.default_map or {}), **given}
+
+
+def _as_typed(path: Path, name: str, value: object, *, many: bool) -> str | list[str]:
+    """Return an entry as it would be typed on the command line, so that one set of rules reads both."""
+    if many:
+        return [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if not isinstance(value, (str, int, float)):
+        raise SettingsError(
+            f"--config {path}: {name} must be a text, a number, true or false, got a {type(value).__name__}"
+        )
+    return str(value)

@@ -12,6 +12,7 @@ from dape_engine.options import EngineOptions
 from dape_engine.weights import DEFAULT_MODEL, resolve_model
 from dape_server.app import create_app
 from dape_server.cli.options import build_settings, config_option, settings_options
+from dape_server.health import open_listener
 from dape_server.logs import configure
 from dape_server.metrics import Metrics
 from dape_server.run import serve as run
@@ -29,6 +30,8 @@ def serve(model: str, **options: Any) -> None:
     """Serve MODEL, a folder or the name of a shipped model, over HTTP."""
     settings = build_settings(ServerSettings, options)
     configure(settings.log_format, "debug" if logging.root.level == logging.DEBUG else settings.log_level)
+    # A port that another server has is told before the model is loaded, not after.
+    open_listener(settings.host, settings.port, "--port").close()
     folder = resolve_model(model)
     metrics = Metrics(settings.served_model_name or folder.resolve().name)
     engine = AsyncEngine(folder, build_settings(EngineOptions, options), metrics)
