@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 
+import dape_engine.long_text
+import dape_engine.tokenizer
+from dape_server.text import TextService
 from fakes import BOS, CANARY, FakeEngine, check_refused, serving
 
 TEMPLATE = "{% for m in messages %}{{ bos_token + m.content }}{% endfor %}{{ '!' if add_generation_prompt }}"
@@ -34,6 +40,34 @@ def test_conversation_is_tokenised_as_the_chat_reads_it(client):
 def test_prompts_keep_the_tokenizers_rule(client):
     assert tokens(client, prompt="the") == [BOS, 259]
     assert tokens(client, prompt="the", add_special_tokens=False) == [259]
+
+
+@pytest.mark.parametrize("text", ["", "the cat" * 9, "<s>the, the, the"])
+def test_long_text_gives_the_same_answer_in_parts(client, monkeypatch, text):
+    whole = client.post("/tokenize", json={"prompt": text, "return_token_strs": True})
+    for module in (dape_engine.long_text, dape_engine.tokenizer):
+        monkeypatch.setattr(module, "PIECE", 4)
+    parted = client.post("/tokenize", json={"prompt": text, "return_token_strs": True})
+    assert parted.json() == whole.json()
+    assert parted.headers["content-length"] == whole.headers["content-length"]
+    tokenizer = client.engine.tokenizer
+    answer = parted.json()
+    assert answer["tokens"] == tokens(client, prompt=text)
+    assert answer["count"] == len(answer["tokens"])
+    assert answer["token_strs"] == [tokenizer.token_text(token) for token in answer["tokens"]]
+
+
+def test_ids_of_a_long_text_are_never_one_list(client):
+    """To make, write or free millions of Python's integers at once holds up every other thread."""
+    encoding = TextService(client.engine.tokenizer, client.engine.config.vocab_size).encode_json(
+        "the cat " * 50_000, "prompt", add_special_tokens=True, with_names=True
+    )
+    encoded = asyncio.run(encoding)
+    assert encoded.count == 100_002
+    for parts in (encoded.ids, encoded.names):
+        assert len(parts) > 4
+        assert max(map(len, parts)) < 1 << 20
+        assert len(json.loads(b"[" + b"".join(parts) + b"]")) == encoded.count
 
 
 def test_wrong_bodies(client):

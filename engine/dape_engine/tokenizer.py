@@ -7,7 +7,7 @@ bits per byte are made of.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -72,7 +72,18 @@ class TextTokenizer:
         return len(self._bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """Return the token ids of a text.
+        """Return the token ids of a text; arguments and errors as of `encode_pieces`."""
+        # Extended, not joined: copying millions of ids holds up every other thread.
+        pieces_of_ids = self.encode_pieces(text, add_special_tokens=add_special_tokens, param=param)
+        ids = next(pieces_of_ids)
+        for more in pieces_of_ids:
+            ids += more
+        return ids
+
+    def encode_pieces(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> Iterator[list[int]]:
+        """Yield the token ids of a text, at least one piece of them; only long texts have several.
 
         Args:
             text: any text; the ids of special tokens spelled in it are used.
@@ -91,14 +102,15 @@ class TextTokenizer:
                 param=param,
             ) from error
         if len(text) <= PIECE or self._around is None:
-            return self._encode(text, add_special_tokens, param)
+            yield self._encode(text, add_special_tokens, param)
+            return
         before, after = self._around if add_special_tokens else ([], [])
         ids = list(before)
         for piece in pieces(text):
             ids += self._encode(piece, False, param)
-        # Not a second list: copying millions of ids holds up every other thread.
-        ids += after
-        return ids
+            yield ids
+            ids = []
+        yield list(after)
 
     def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         if len(text) > LONGEST_PIECE:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
+import orjson
 from anyio import CapacityLimiter, to_thread
 
 from dape_engine.detokenizer import IncrementalDetokenizer
@@ -29,6 +31,16 @@ class EncodedPrompt:
     text: str | None
     added_bos: bool = False
     """Whether the tokenizer put its beginning-of-text token before the text."""
+
+
+@dataclass(slots=True)
+class EncodedJson:
+    """The token ids of a text, as the elements of a JSON list: its text in parts, brackets left out."""
+
+    count: int = 0
+    ids: list[bytes] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    """What the tokens are called, where that was asked for."""
 
 
 class TextService:
@@ -63,6 +75,23 @@ class TextService:
             RequestError: a token id is not in the vocabulary, or the texts are too long in all.
             ContextLengthError: a text cannot fit `max_tokens`.
         """
+        self._check(prompts, field, max_tokens)
+        return [await self._encode(prompt, field, add_special_tokens) for prompt in prompts]
+
+    async def encode_json(
+        self, text: str, field: str, *, add_special_tokens: bool, with_names: bool
+    ) -> EncodedJson:
+        """Return the token ids of a text as JSON; arguments and errors as of `encode`.
+
+        The ids of a long text never stand in memory together: to make, copy or free millions of Python's
+        integers in one go holds up every other thread.
+        """
+        self._check((text,), field, None)
+        work = partial(self._encode_json, text, field, add_special_tokens, with_names)
+        return await self._in_thread(work, len(text))
+
+    def _check(self, prompts: tuple[Prompt, ...], field: str, max_tokens: int | None) -> None:
+        """Refuse ids and texts as `encode` does."""
         budget = MAX_TEXT_BYTES
         for index, prompt in enumerate(prompts):
             place = f"[{index}]" if len(prompts) > 1 else ""
@@ -75,7 +104,6 @@ class TextService:
             raise RequestError(
                 f"{field}: {total} bytes of text are above the limit of {MAX_TEXT_BYTES}", param=field
             )
-        return [await self._encode(prompt, field, add_special_tokens) for prompt in prompts]
 
     def check_ids(self, token_ids: Sequence[int], field: str, place: str = "") -> None:
         """Refuse ids outside the model's vocabulary.
@@ -135,13 +163,39 @@ class TextService:
     async def _encode(self, prompt: Prompt, field: str, add_special_tokens: bool) -> EncodedPrompt:
         if not isinstance(prompt, str):
             return EncodedPrompt(prompt, None)
-        encode = partial(self.tokenizer.encode, prompt, add_special_tokens=add_special_tokens, param=field)
-        ids = await self._in_thread(encode, len(prompt))
+        adds_bos, ids = await self._in_thread(
+            partial(self._ids, prompt, field, add_special_tokens), len(prompt)
+        )
+        return EncodedPrompt(ids, prompt, adds_bos)
+
+    def _ids(self, text: str, field: str, add_special_tokens: bool) -> tuple[bool, tuple[int, ...]]:
+        adds_bos, pieces = self._pieces(text, field, add_special_tokens)
+        return adds_bos, tuple(chain.from_iterable(pieces))
+
+    def _encode_json(self, text: str, field: str, add_special_tokens: bool, with_names: bool) -> EncodedJson:
+        encoded = EncodedJson()
+        for ids in self._pieces(text, field, add_special_tokens)[1]:
+            encoded.count += len(ids)
+            _extend(encoded.ids, ids)
+            if with_names:
+                _extend(encoded.names, [self.tokenizer.token_text(token) for token in ids])
+        return encoded
+
+    def _pieces(self, text: str, field: str, add_special_tokens: bool) -> tuple[bool, Iterator[list[int]]]:
+        """Return whether BOS is put before the text, and the text's ids."""
+        pieces = self.tokenizer.encode_pieces(text, add_special_tokens=add_special_tokens, param=field)
+        ids = next(pieces)
         adds_bos = add_special_tokens and self._adds_bos
         if adds_bos and ids[1:2] == [self.tokenizer.bos_token_id]:
             # The text spells the token itself.
             ids, adds_bos = ids[1:], False
-        return EncodedPrompt(tuple(ids), prompt, adds_bos)
+        return adds_bos, chain([ids], pieces)
 
     async def _in_thread(self, work: Callable[[], T], size: int) -> T:
         return await to_thread.run_sync(work, limiter=self._long_work if size > LONG else None)
+
+
+def _extend(parts: list[bytes], values: list[int] | list[str]) -> None:
+    """Add elements to a JSON list's."""
+    if values:
+        parts.append((b"," if parts else b"") + orjson.dumps(values)[1:-1])

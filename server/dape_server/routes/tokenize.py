@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
-import orjson
-from anyio import to_thread
 from fastapi import APIRouter, Response
+from starlette.types import Receive, Scope, Send
 
 from dape_server.chat import conversation
-from dape_server.context import Context, ServerContext
+from dape_server.context import ServerContext
 from dape_server.json_body import JsonRoute
 from dape_server.protocol.tokenize import (
     DetokenizeRequest,
@@ -20,6 +19,22 @@ from dape_server.protocol.tokenize import (
 )
 
 router = APIRouter(route_class=JsonRoute)
+
+
+class PartedResponse(Response):
+    """A body of known length that is sent part by part: to join or send tens of megabytes takes too long."""
+
+    def __init__(self, parts: Sequence[bytes], media_type: str):
+        self._parts = parts
+        length = sum(map(len, parts))
+        super().__init__(headers={"Content-Length": str(length)}, media_type=media_type)
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Send the answer; each part waits until the client has taken those before it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 @router.post("/tokenize", response_model=None, responses={200: {"model": TokenizeResponse}})
@@ -33,21 +48,14 @@ async def tokenize(body: TokenizeRequest, context: ServerContext) -> Response:
             context.chat, body.messages or [], add_generation_prompt=body.add_generation_prompt
         )
         field, special = "messages", body.add_special_tokens is True
-    (encoded,) = await texts.encode((prompt,), field, add_special_tokens=special)
-    answer = partial(_answer, encoded.token_ids, body.return_token_strs, context)
-    return Response(await to_thread.run_sync(answer), media_type="application/json")
-
-
-def _answer(token_ids: tuple[int, ...], with_names: bool, context: Context) -> bytes:
-    """Write the answer to /tokenize; a million tokens take too long for the event loop."""
-    answer: dict[str, object] = {
-        "count": len(token_ids),
-        "max_model_len": context.engine.max_model_len,
-        "tokens": token_ids,
-    }
-    if with_names:
-        answer["token_strs"] = [context.texts.tokenizer.token_text(token) for token in token_ids]
-    return orjson.dumps(answer)
+    encoded = await texts.encode_json(
+        prompt, field, add_special_tokens=special, with_names=body.return_token_strs
+    )
+    length = context.engine.max_model_len
+    parts = [b'{"count":%d,"max_model_len":%d,"tokens":[' % (encoded.count, length), *encoded.ids, b"]"]
+    if body.return_token_strs:
+        parts += [b',"token_strs":[', *encoded.names, b"]"]
+    return PartedResponse([*parts, b"}"], media_type="application/json")
 
 
 @router.post("/detokenize")
