@@ -10,6 +10,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ class SamplerState:
         self.num_generated = 0
         self._random = random.Random(params.seed)
         self._drawn = (-1, 0.0)
-        bias = dict(params.logit_bias)
-        _check_ids("logit_bias", bias, vocab_size)
+        _check_ids("logit_bias", dict(params.logit_bias), vocab_size)
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             _check_ids(name, getattr(params, name), vocab_size)
         for words in params.bad_words:
@@ -62,18 +62,48 @@ class SamplerState:
         # The end that a grammar allows would be nothing but a token in a text that ignores it.
         if eos_token_id is not None and (constraint is not None or not params.ignore_eos):
             ends.add(eos_token_id)
-        self.ends = torch.tensor(sorted(ends), dtype=torch.int64)
-        self.allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64)
+        self._ends = sorted(ends)
+        self._prompt = prompt
+        self._vocab_size = vocab_size
         self._tail = deque[int](maxlen=max(map(len, params.bad_words), default=0))
-        self.bias_ids = torch.tensor(list(bias), dtype=torch.int64)
-        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.penalises = (
             params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
-        self.in_prompt = torch.zeros(vocab_size if self.penalises else 0, dtype=torch.bool)
-        self.counts = torch.zeros(len(self.in_prompt))
-        if self.penalises:
-            self.in_prompt[torch.tensor(prompt, dtype=torch.int64)] = True
+
+    # Tensors are made in the engine's thread by the first step that needs them. In a client's event loop
+    # each of them would wait for Python's lock, which steps hold.
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Tokens that end the text."""
+        return torch.tensor(self._ends, dtype=torch.int64)
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """The only tokens allowed, none where all are."""
+        return torch.tensor(self.params.allowed_token_ids, dtype=torch.int64)
+
+    @cached_property
+    def bias_ids(self) -> Tensor:
+        """Tokens that have a bias."""
+        return torch.tensor(list(dict(self.params.logit_bias)), dtype=torch.int64)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """Their biases."""
+        return torch.tensor(list(dict(self.params.logit_bias).values()), dtype=torch.float32)
+
+    @cached_property
+    def in_prompt(self) -> Tensor:
+        """Whether each token of the vocabulary is in the prompt."""
+        found = torch.zeros(self._vocab_size, dtype=torch.bool)
+        found[torch.tensor(self._prompt, dtype=torch.int64)] = True
+        return found
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """How often each token of the vocabulary has been generated."""
+        return torch.zeros(self._vocab_size)
 
     @property
     def holds_end(self) -> bool:
@@ -84,17 +114,18 @@ class SamplerState:
     @property
     def restricts(self) -> bool:
         """Whether only some tokens are allowed at all."""
-        return self.constraint is not None or len(self.allowed) > 0
+        return self.constraint is not None or len(self.params.allowed_token_ids) > 0
 
     @property
     def adjusts(self) -> bool:
         """Whether the model's logits are changed before the draw."""
-        changes = self.penalises or self.holds_end or len(self.bias) > 0 or len(self.params.bad_words) > 0
+        params = self.params
+        changes = self.penalises or self.holds_end or len(params.logit_bias) > 0 or len(params.bad_words) > 0
         return changes or self.restricts
 
     def restrict(self, logits: Tensor) -> None:
         """Set the logits float32 [V] of tokens that are not allowed to minus infinity, in place."""
-        if len(self.allowed) > 0:
+        if len(self.params.allowed_token_ids) > 0:
             kept = logits[self.allowed]
             logits.fill_(-math.inf)
             logits[self.allowed] = kept
@@ -127,7 +158,10 @@ class SamplerState:
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device, where they stay."""
-        for name in ("ends", "allowed", "bias_ids", "bias", "in_prompt", "counts"):
+        names = ["ends", "allowed", "bias_ids", "bias"]
+        if self.penalises:
+            names += ["in_prompt", "counts"]
+        for name in names:
             setattr(self, name, getattr(self, name).to(device))
 
 

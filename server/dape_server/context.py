@@ -126,7 +126,8 @@ def fingerprint(engine: Engine, version: str) -> str:
     return "fp_" + hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
+    # FastAPI would call a plain function in a worker thread, for every request.
     context: Context = request.app.state.context
     return context
 
