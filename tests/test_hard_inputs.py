@@ -48,7 +48,7 @@ def test_ten_megabytes_of_text_are_refused_at_once(client, path, letter, monkeyp
     def tokenise(*_, **__):
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr(client.engine.tokenizer, "encode", tokenise)
+    monkeypatch.setattr(client.engine.tokenizer, "encode_pieces", tokenise)
     field = "prompt" if path == COMPLETIONS else "input"
     answer = client.post(path, content=json.dumps({field: letter * 10_000_000}), headers=JSON)
     assert answer.status_code == 400

@@ -231,7 +231,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(client, letter, 
     def tokenise(*_, **__):
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr(client.engine.tokenizer, "encode", tokenise)
+    monkeypatch.setattr(client.engine.tokenizer, "encode_pieces", tokenise)
     body = {"prompt": letter * size}
     content = json.dumps(body, ensure_ascii=False).encode()
     answer = client.post(COMPLETIONS, content=content, headers=JSON)

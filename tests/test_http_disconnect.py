@@ -130,7 +130,7 @@ async def test_leaving_while_the_stream_waits_for_the_reader():
 async def test_leaving_during_tokenisation(monkeypatch):
     engine = FakeEngine()
     begun, go_on = threading.Event(), threading.Event()
-    encode = engine.tokenizer.encode
+    encode = engine.tokenizer.encode_pieces
 
     def slow(*args, **kwargs):
         begun.set()
@@ -138,7 +138,7 @@ async def test_leaving_during_tokenisation(monkeypatch):
         return encode(*args, **kwargs)
 
     async with running(engine) as app:
-        monkeypatch.setattr(engine.tokenizer, "encode", slow)
+        monkeypatch.setattr(engine.tokenizer, "encode_pieces", slow)
         client = Client(app, COMPLETIONS, {"prompt": "the cat"})
         await until(begun.is_set)
         client.leave()

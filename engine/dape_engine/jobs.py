@@ -46,7 +46,9 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[object] = asyncio.Queue()
+        # Not a queue of asyncio's, which does more for each item than one reader needs.
+        self._items = deque[object]()
+        self._reader: asyncio.Future[None] | None = None
         self._pending: list[object] = []
 
     def put(self, item: object) -> None:
@@ -58,8 +60,11 @@ class Mailbox:
         self._pending += [None] if error is None else [error, None]
 
     async def get(self) -> object | None:
-        """Return the next item, or None at the end."""
-        return await self._items.get()
+        """Return the next item, or None at the end; for one reader at a time."""
+        if not self._items:
+            self._reader = self._loop.create_future()
+            await self._reader
+        return self._items.popleft()
 
     @staticmethod
     def flush(mailboxes: Iterable[Mailbox]) -> None:
@@ -77,8 +82,9 @@ class Mailbox:
     @staticmethod
     def _deliver(deliveries: list[tuple[Mailbox, list[object]]]) -> None:
         for mailbox, items in deliveries:
-            for item in items:
-                mailbox._items.put_nowait(item)
+            mailbox._items += items
+            if mailbox._reader is not None and not mailbox._reader.done():
+                mailbox._reader.set_result(None)
 
 
 class Job(ABC):

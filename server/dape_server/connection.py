@@ -20,6 +20,22 @@ from dape_server.middleware import CROWDED
 from dape_server.settings import ServerSettings
 
 
+class QuickConnection(h11.Connection):
+    """HTTP's rules as h11 has them, and a short way for parts of chunked bodies: one goes with each token."""
+
+    _is_chunked = False
+
+    def send(self, event: Any) -> Any:
+        """Return the bytes of an event, as h11 does."""
+        if self._is_chunked and type(event) is h11.Data and event.data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        sent = super().send(event)
+        if type(event) is h11.Response:
+            # h11 alone decides how a body is framed, and no value of a header holds the end of a line.
+            self._is_chunked = sent is not None and b"\r\nTransfer-Encoding: chunked\r\n" in sent
+        return sent
+
+
 class BoundedConnection(H11Protocol):
     """Serves one connection; the application sees its requests.
 
@@ -30,6 +46,7 @@ class BoundedConnection(H11Protocol):
 
     def __init__(self, *, settings: ServerSettings, **arguments: Any):
         super().__init__(**arguments)
+        self.conn = QuickConnection(h11.SERVER, MAX_HEADER_BYTES)
         self._settings = settings
         self._receiving: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None

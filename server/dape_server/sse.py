@@ -31,6 +31,8 @@ class EventStream(StreamingResponse):
         self._first = first
         self._events = events
         self._ping_interval = ping_interval
+        self._sending = False
+        self._quiet = False
 
     @classmethod
     async def open(cls, events: AsyncGenerator[bytes, None], ping_interval: float) -> EventStream:
@@ -53,33 +55,32 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         """Send the events; the middleware cancels this when the client leaves."""
-        turn = asyncio.Lock()
-        sent = asyncio.Event()
-
-        async def send_event(message: Message) -> None:
-            async with turn:
-                await send(message)
-            sent.set()
-
-        pings = asyncio.ensure_future(self._ping(send, turn, sent))
+        pings: asyncio.Task[None] | None = None
         try:
-            await self.stream_response(send_event)
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            pings = asyncio.ensure_future(self._ping(send))
+            async for part in self.body_iterator:
+                self._sending = True
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                self._sending = self._quiet = False
+            self._sending = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            pings.cancel()
+            if pings is not None:
+                pings.cancel()
             await _close(self._first, self._events)
 
-    async def _ping(self, send: Send, turn: asyncio.Lock, sent: asyncio.Event) -> None:
+    async def _ping(self, send: Send) -> None:
         """Send comments while nothing else is sent, and nothing waits for a slow reader."""
-        await sent.wait()
         # The time before the status line may have been as quiet.
-        quiet = not self._first.done()
+        self._quiet = not self._first.done()
         while True:
-            if quiet and not turn.locked():
-                async with turn:
-                    await send(COMMENT)
-            sent.clear()
+            if self._quiet and not self._sending:
+                await send(COMMENT)
+            self._quiet = True
             await asyncio.sleep(self._ping_interval)
-            quiet = not sent.is_set()
 
 
 async def _close(first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None]) -> None:
