@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
@@ -167,3 +169,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected magnitude; infinite where NaN appears."""
     error = float((actual.double() - expected.double()).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made inside and still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for argument in args:
+            if isinstance(argument, Tensor):
+                self.alive.setdefault(argument.untyped_storage()._cdata, 0)
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.alive.values()))
+        return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape_kernels.attention import BACKENDS, Backend, paged_attention, select_backend
 from dape_kernels.chunked.plan import CPU_WORKSPACE
@@ -23,6 +21,7 @@ from layers import (
     LAYERS,
     OFFICIAL,
     Paged,
+    PeakMemory,
     page,
     random_encoding,
     random_sequence,
@@ -200,30 +199,6 @@ def test_tables_may_be_missing_short_or_long() -> None:
     expected, _ = paged.expected(encoding, torch.float64)
     for tabulated in (encoding, encoding.with_tables(8), encoding.with_tables(999)):
         assert relative_error(attend(paged, tabulated), expected) < 1e-9
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for argument in args:
-            if isinstance(argument, Tensor):
-                self.alive.setdefault(argument.untyped_storage()._cdata, 0)
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            storage = result.untyped_storage()
-            if storage._cdata not in self.alive:
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The static biases against published numbers, the definition's own laws, and training's attention."""
+"""The static biases against published numbers, and the definition's own laws."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dape_engine.encoding import PositionalEncoding
-from dape_kernels import dense
 from dape_kernels.bias import T5, Alibi, Bias, Fire, KerpleLog, KerplePower, Sandwich, alibi_slopes
-from dape_kernels.dense import dense_attention
 from dape_kernels.encoding import dape_from_parameters
 from dape_kernels.reference import reference_attention, reference_scores
-from layers import LAYERS, OFFICIAL, random_encoding, random_module, random_sequence, relative_error
+from layers import LAYERS, OFFICIAL, random_encoding, random_module, random_sequence
 
 DISTANCES = torch.arange(200)
 
@@ -139,51 +136,3 @@ def test_kernel_of_one_is_version_one() -> None:
     )
     for name in ("score_weight", "bias_weight", "hidden_bias", "out_weight", "out_bias"):
         assert torch.equal(getattr(linear, name), getattr(convolution, name))
-
-
-def gradients(
-    module: PositionalEncoding, inputs: tuple[Tensor, Tensor, Tensor], *, dense: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output, and the gradients of a weighted sum of it in the inputs and all parameters."""
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    module.zero_grad(set_to_none=True)
-    attention = dense_attention if dense else reference_attention
-    output = attention(leaves[0], leaves[1], leaves[2], module.encoding())
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    (output * weights).sum().backward()
-    found = dict(zip("qkv", (leaf.grad for leaf in leaves), strict=True))
-    found.update({name: parameter.grad for name, parameter in module.named_parameters()})
-    return output.detach(), {name: grad for name, grad in found.items() if grad is not None}
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_training_attention_has_the_gradients_of_the_definition(
-    layer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Outputs and gradients in q, k, v and every parameter, over more than one block of either kind."""
-    monkeypatch.setattr(dense, "BLOCK_PAIRS", 8 * 32 * 37)
-    module = random_module(LAYERS[layer], heads=3, head_dim=4).double()
-    generator = torch.Generator().manual_seed(0)
-    sequences = [random_sequence(37, 37, 3, 4, torch.float64, generator) for _ in range(9)]
-    query, key, value = (torch.cat(parts) for parts in zip(*sequences, strict=True))
-    output, found = gradients(module, (query, key, value), dense=True)
-    expected_output, expected = gradients(module, (query, key, value), dense=False)
-    assert relative_error(output, expected_output) < 1e-12
-    assert found.keys() == expected.keys()
-    assert {"q", "k", "v"} <= found.keys()
-    # Some gradients are exactly zero: softmax does not change when a head's scores all shift.
-    limit = 1e-10 * max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-9, atol=limit), name
-
-
-@pytest.mark.parametrize(("sequences", "tokens"), [(16, 128), (16, 256), (1, 512), (2, 70000)])
-def test_training_attention_walks_every_pair_once_in_small_blocks(sequences: int, tokens: int) -> None:
-    """Products over more pairs than BLOCK_PAIRS have crashed oneDNN."""
-    rows = 0
-    for seqs, queries, keys in dense.attention_blocks(sequences, tokens):
-        count = (seqs.stop - seqs.start) * (queries.stop - queries.start)
-        assert count * keys.stop <= dense.BLOCK_PAIRS or count == 1
-        assert keys == slice(0, queries.stop)
-        rows += count
-    assert rows == sequences * tokens

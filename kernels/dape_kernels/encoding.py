@@ -7,8 +7,9 @@ kernel implements one formula, not one per form. Letters: H heads, D hidden widt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dape_kernels.bias import Bias
 from dape_kernels.memo import Memo
 
 RightEdge = Literal["extended", "official"]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,20 @@ class Cope:
     table: Tensor  # [d, positions], shared by heads
 
 
+def tensors_of(part: object) -> tuple[Tensor, ...]:
+    """Return the tensors of a dataclass, none of None, in the order of its fields."""
+    values = () if part is None else (getattr(part, field.name) for field in fields(cast("Any", part)))
+    return tuple(value for value in values if isinstance(value, Tensor))
+
+
+def with_tensors(part: Part, tensors: Iterable[Tensor]) -> Part:
+    """Return a dataclass with other tensors, which come in the order of `tensors_of`."""
+    if part is None:
+        return part
+    names = [f.name for f in fields(cast("Any", part)) if isinstance(getattr(part, f.name), Tensor)]
+    return cast("Part", replace(cast("Any", part), **dict(zip(names, tensors, strict=False))))
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """The parts of the score that depend on the distance only, for every distance below a limit.
@@ -138,6 +154,8 @@ class Encoding:
     bias: Bias | None = None
     dape: Dape | None = None
     cope: Cope | None = None
+    segmented: bool = False
+    """Whether the bias is of the segments that query and key lie in (BiPE) instead of their positions."""
     tables: Tables | None = field(default=None, repr=False)
     memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
     """What backends prepare for the layer."""
@@ -151,7 +169,20 @@ class Encoding:
     def tabular(self) -> bool:
         """Whether the table identity holds: k = 1 and a bias of the distance only."""
         pointwise = self.dape is None or self.dape.kernel == 1
-        return pointwise and self.cope is None and (self.bias is None or self.bias.distance_only)
+        by_distance = self.bias is None or (self.bias.distance_only and not self.segmented)
+        return pointwise and self.cope is None and by_distance
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the static bias and the DAPE network are made of."""
+        return tensors_of(self.bias) + tensors_of(self.dape)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Encoding:
+        """Return this encoding with other tensors in the order of `tensors`, and without tables."""
+        left = iter(tensors)
+        return replace(
+            self, bias=with_tensors(self.bias, left), dape=with_tensors(self.dape, left), tables=None
+        )
 
     def static_bias(self, query: Tensor, key: Tensor) -> Tensor:
         """Return the static bias [H, *broadcast(query, key)] of integer positions; zero for NoPE."""

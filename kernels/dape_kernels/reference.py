@@ -24,7 +24,7 @@ def reference_scores(query: Tensor, key: Tensor, encoding: Encoding) -> Tensor:
     """
     scores = query @ key.transpose(-1, -2) * encoding.scale
     if encoding.cope is not None:
-        return scores + _cope_bias(query, scores, encoding.cope)
+        return scores + cope_bias(query, scores, encoding.cope)
     position = torch.arange(key.shape[2], device=key.device)
     bias = encoding.static_bias(position[-query.shape[2] :, None], position).to(scores.dtype)
     if encoding.dape is None:
@@ -56,8 +56,14 @@ def _diagonal(scores: Tensor) -> int:
     return scores.shape[-1] - scores.shape[-2]
 
 
-def _cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
-    """CoPE (Golovneva et al. 2024, eq. 3 to 5): interpolate q e[p] at p = sum of gates from j to i."""
+def cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
+    """CoPE (Golovneva et al. 2024, eq. 3 to 5): interpolate q e[p] at p = sum of gates from j to i.
+
+    Args:
+        query: [..., M, d].
+        scores: [..., M, N], scaled.
+        cope: its table.
+    """
     last = cope.table.shape[1] - 1
     gates = torch.sigmoid(scores).tril(_diagonal(scores))
     position = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(last)

@@ -9,14 +9,12 @@ segments of the latter.
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dape_kernels.bias import LEAKY_SLOPE, Bias, Fire
+from dape_kernels.bias import LEAKY_SLOPE, Fire
 from dape_kernels.cpu.library import PANEL, EncodingStruct
 from dape_kernels.encoding import Dape, Encoding
 
@@ -29,8 +27,6 @@ FUTURE = 256
 # lie in different sets of the first-level cache.
 PAGE, STEP = 1024, 80
 
-Parameters = TypeVar("Parameters", Bias, Dape)
-
 
 class PreparedEncoding:
     """The weights and tables of one layer; the tables grow with the longest context asked for."""
@@ -38,12 +34,7 @@ class PreparedEncoding:
     @torch.no_grad()
     def __init__(self, encoding: Encoding):
         # In float64, so that rounding to float32 happens once.
-        self._encoding = encoding = replace(
-            encoding,
-            bias=None if encoding.bias is None else _double(encoding.bias),
-            dape=None if encoding.dape is None else _double(encoding.dape),
-            tables=None,
-        )
+        self._encoding = encoding = encoding.with_tensors([t.double() for t in encoding.tensors])
         self._length = 0
         self._kept: dict[str, Tensor] = {}  # what the struct points to
         self._struct = EncodingStruct(
@@ -142,10 +133,3 @@ def _channels(encoding: Encoding) -> tuple[Tensor, Tensor]:
         return weight, torch.cat([dape.hidden_bias, dape.out_bias * LOG2_E])
     weight = residual if encoding.bias is not None else residual[:0]
     return weight, torch.zeros(len(weight), dtype=torch.float64)
-
-
-def _double(parameters: Parameters) -> Parameters:
-    """Return a dataclass of parameters with its tensors in float64."""
-    values = {field.name: getattr(parameters, field.name) for field in fields(cast("Any", parameters))}
-    wide = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
-    return cast("Parameters", replace(cast("Any", parameters), **wide))
