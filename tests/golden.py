@@ -71,7 +71,7 @@ class Golden:
         """q, k and v [B, H, S, d]; q and k rotated where the encoding is rotary."""
         query, key, value = (self.tensors[name].to(dtype) for name in "qkv")
         if self.about["pos"] == "rope":
-            rotary = Rotary(self.position_config(), self.about["head_dim"])
+            rotary = Rotary(self.position_config(), self.about["head_dim"], train_length=1)
             positions = torch.arange(query.shape[2])
             turned = rotary(query.transpose(1, 2), key.transpose(1, 2), positions)
             query, key = (x.transpose(1, 2) for x in turned)

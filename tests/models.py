@@ -57,8 +57,10 @@ def plain_logprobs(folder: Path, ids: Sequence[int]) -> torch.Tensor:
 
     def attend(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
         query, key, value = (tensor.transpose(0, 1)[None] for tensor in qkv)
-        return reference_attention(query, key, value, encodings[layer])[0].transpose(0, 1)
+        return reference_attention(query, key, value, encodings[layer], segments)[0].transpose(0, 1)
 
+    positions, segments = model.places(torch.tensor(ids))
+    segments = None if segments is None else segments[None]
     with torch.inference_mode():
-        hidden = model(torch.tensor(ids), torch.arange(len(ids)), attend)
+        hidden = model(torch.tensor(ids), positions, attend)
         return model.final_linear(hidden).log_softmax(-1)

@@ -14,7 +14,6 @@ from dape_kernels.dense.blocks import CPU_BLOCK, BlockSize
 from dape_kernels.reference import reference_attention
 from layers import LAYERS, OFFICIAL, Layer, PeakMemory, random_module, random_sequence, relative_error
 
-
 ALL_LAYERS: dict[str, Layer] = {**LAYERS, **OFFICIAL}
 Inputs = tuple[Tensor, Tensor, Tensor]
 

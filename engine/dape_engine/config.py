@@ -30,6 +30,7 @@ Kind = Literal[
     "cope",
     "learned",
     "sinusoidal",
+    "bipe",
 ]
 # Encodings that act on the embeddings, on q and k, or not at all: DAPE then sees scores only.
 WITHOUT_BIAS = frozenset({"nope", "rope", "learned", "sinusoidal"})
@@ -53,6 +54,21 @@ class PositionConfig(BaseModel):
     """RoPE: share of the head size that is rotated."""
     max_positions: Positive = 64
     """CoPE: number of content positions. Learned: length of the table."""
+    yarn_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """RoPE: evaluate at so many times the train length by YaRN (Peng et al. 2024)."""
+    segment_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """BiPE: the tokens that end a segment. Training fills them in where there are none: all tokens of the
+    tokenizer that hold a newline or end a sentence."""
+
+    @model_validator(mode="after")
+    def _settings_fit_kind(self) -> PositionConfig:
+        for name, kind, given in (
+            ("yarn_factor", "rope", self.yarn_factor is not None),
+            ("segment_tokens", "bipe", bool(self.segment_tokens)),
+        ):
+            if given and self.kind != kind:
+                raise ValueError(f"{name} is a setting of kind {kind!r}, got kind {self.kind!r}")
+        return self
 
 
 class DapeConfig(BaseModel):
@@ -139,4 +155,28 @@ class ModelConfig(BaseModel):
             )
         if self.position.kind == "cope" and self.dape is not None:
             raise ValueError("position.kind 'cope' cannot be combined with dape")
+        if self.dape is not None:
+            self._form_fits(self.dape.form)
+        for token in self.position.segment_tokens:
+            if token >= self.vocab_size:
+                raise ValueError(
+                    f"position.segment_tokens: {token} is not below vocab_size {self.vocab_size}"
+                )
         return self
+
+    def _form_fits(self, form: str) -> None:
+        """Refuse forms that leave parameters without use, or read a bias that is not there."""
+        rule, kind = FORMS[form], self.position.kind
+        if self.has_bias and not rule.feeds_bias:
+            raise ValueError(f"dape.form {form!r} makes no use of the bias of position.kind {kind!r}")
+        if not self.has_bias and not (rule.feeds_scores and rule.keeps_scores):
+            raise ValueError(f"dape.form {form!r} needs a bias, which position.kind {kind!r} does not have")
+
+    def with_position(self, **settings: object) -> ModelConfig:
+        """Return this model with other settings of its position.
+
+        Raises:
+            pydantic.ValidationError: they do not fit.
+        """
+        position = {**self.position.model_dump(exclude_unset=True), **settings}
+        return ModelConfig.model_validate({**self.model_dump(exclude_unset=True), "position": position})

@@ -6,6 +6,7 @@ so that training differentiates through it and serving tabulates it once.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -27,6 +28,8 @@ from dape_kernels.bias import (
 from dape_kernels.encoding import FORMS, Cope, Encoding, dape_from_parameters
 
 T5_BUCKETS = 32
+# YaRN: turns in the train length up to which a frequency is divided, and from which on it stays as it is.
+YARN_SLOW, YARN_FAST = 1, 32
 
 
 class PositionalEncoding(nn.Module):
@@ -55,7 +58,7 @@ class PositionalEncoding(nn.Module):
         self.heads = heads
         self.head_dim = head_dim
         match position.kind:
-            case "alibi":
+            case "alibi" | "bipe":
                 self.register_buffer("slopes", torch.tensor(alibi_slopes(heads)))
             case "kerple" | "kerple_power":
                 self.bias_p = nn.Parameter(torch.rand(heads, 1, 1) * 2)
@@ -101,11 +104,12 @@ class PositionalEncoding(nn.Module):
                 form = "score_only"
             dape = dape_from_parameters(form, *_two_layers(self.mlp2), right_edge=self.dape_config.right_edge)
         cope = Cope(_wide(self.pos_emb)[0]) if self.position.kind == "cope" else None
-        return Encoding(self.heads, self.head_dim, self._bias(), dape, cope)
+        segmented = self.position.kind == "bipe"
+        return Encoding(self.heads, self.head_dim, self._bias(), dape, cope, segmented)
 
     def _bias(self) -> Bias | None:
         match self.position.kind:
-            case "alibi":
+            case "alibi" | "bipe":
                 return Alibi(_wide(self.slopes))
             case "kerple":
                 return KerpleLog(_wide(self.bias_p), _wide(self.bias_a))
@@ -134,20 +138,38 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """RoPE (Su et al. 2021) in the half-split pairing of GPT-NeoX, on a leading part of the head."""
+    """RoPE (Su et al. 2021) in the half-split pairing of GPT-NeoX, on a leading part of the head.
 
-    def __init__(self, position: PositionConfig, head_dim: int):
+    With YaRN (Peng et al. 2024) at a factor s, frequencies of fewer than one turn in the train length are
+    divided by s, those of more than 32 turns stay, and those between are mixed; q and k are both multiplied
+    by 0.1 ln(s) + 1.
+    """
+
+    def __init__(self, position: PositionConfig, head_dim: int, train_length: int):
         super().__init__()
         self.size = int(head_dim * position.fraction)
         self.base = position.base
+        self.train_length = train_length
+        self.yarn_factor = position.yarn_factor
+        self.temperature = 1.0 if self.yarn_factor is None else 0.1 * math.log(self.yarn_factor) + 1
 
     def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q and k [..., tokens, H, d] at integer positions [tokens]; angles are fp32."""
-        exponent = torch.arange(0, self.size, 2, device=positions.device, dtype=torch.float32) / self.size
-        angle = positions.float()[:, None] / self.base**exponent
+        angle = positions.float()[:, None] / self.periods(positions.device)
         angle = torch.cat([angle, angle], -1)[:, None]
         cos, sin = angle.cos(), angle.sin()
-        return _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        return (query, key) if self.temperature == 1 else (query * self.temperature, key * self.temperature)
+
+    def periods(self, device: torch.device) -> Tensor:
+        """Return the tokens per radian of each pair of elements, fp32."""
+        exponent = torch.arange(0, self.size, 2, device=device, dtype=torch.float32) / self.size
+        period = self.base**exponent
+        if self.yarn_factor is None:
+            return period
+        turns = self.train_length / (2 * math.pi * period)
+        kept = ((turns - YARN_SLOW) / (YARN_FAST - YARN_SLOW)).clamp(0, 1)
+        return period / ((1 - kept) / self.yarn_factor + kept)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -158,7 +180,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:
-    """Return sines then cosines [tokens, size] of integer positions, base 10000 (Vaswani et al. 2017)."""
+    """Return sines then cosines [..., size] of integer positions, base 10000 (Vaswani et al. 2017)."""
     exponent = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angle = positions.float()[:, None] / 10000.0**exponent
+    angle = positions.float()[..., None] / 10000.0**exponent
     return torch.cat([angle.sin(), angle.cos()], -1)

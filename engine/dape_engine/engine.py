@@ -59,12 +59,12 @@ class AsyncEngine(StepLoop):
             torch.set_num_threads(options.threads)
         self.options = options
         self.model_name = folder.resolve().name
-        self.config = load_config(folder)
+        self.config = load_config(folder, options.yarn_factor)
         self.tokenizer = TextTokenizer.load(folder, self.config)
         device = _device(options)
         dtype = _dtype(options, self.config.dtype, device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        model = load_model(folder, dtype, device)
+        model = load_model(folder, dtype, device, options.yarn_factor)
         wanted = options.max_model_len or self.config.max_model_len
         if wanted > self.config.max_model_len:
             raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")

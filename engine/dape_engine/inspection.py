@@ -100,8 +100,9 @@ class LayerWeights:
             model = None if self._loaded is None else self._loaded()
             if model is None:
                 served = self._served.word_embeddings.weight
-                model = load_model(self._folder, served.dtype, served.device)
-                same = model.config == self._served.config
+                config = self._served.config
+                model = load_model(self._folder, served.dtype, served.device, config.position.yarn_factor)
+                same = model.config == config
                 if not same or not torch.equal(model.word_embeddings.weight, served):
                     raise ModelFolderError("the model folder has changed since the server started")
                 self._loaded = weakref.ref(model)
@@ -219,6 +220,7 @@ def inspect_row(
         context_lens=[request.query + 1],
         block_tables=torch.tensor([blocks], dtype=torch.int32, device=device),
         block_size=runner.block_size,
+        segments=None if runner.segments is None else runner.segments.segment,
     )
     heads = torch.tensor(request.heads, device=device)[:, None]
     keys = torch.tensor(thinned(request.query + 1, request.max_keys), device=device)
@@ -238,6 +240,8 @@ def inspect_row(
         return output
 
     position = torch.tensor([request.query], device=device)
+    if runner.segments is not None:
+        position = runner.segments.inside[batch.slots()]
     x = model.embed(torch.tensor([request.token_ids[request.query]], device=device), position)
     for index in range(max(request.layers) + 1):
         x = model.layers[index](x, position, model.rotary, index, attend)

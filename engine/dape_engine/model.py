@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dape_engine.config import ModelConfig
 from dape_engine.encoding import PositionalEncoding, Rotary, sinusoids
+from dape_engine.segments import split_segments
 from dape_kernels.decoder import DecoderLayer, DecoderModules
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -91,7 +93,9 @@ class DapeForCausalLM(nn.Module):
         kind = config.position.kind
         if kind == "learned":
             self.position_embeddings = nn.Embedding(config.position.max_positions, config.hidden_size)
-        self.rotary = Rotary(config.position, config.head_dim) if kind == "rope" else None
+        self.rotary = None
+        if kind == "rope":
+            self.rotary = Rotary(config.position, config.head_dim, config.train_length)
         if kind == "t5":
             # One table for the whole model: every layer refers to the first layer's.
             for encoding in self.encodings:
@@ -117,12 +121,22 @@ class DapeForCausalLM(nn.Module):
         ]
         return DecoderModules(layers, self.norm, self.final_linear, self.config.parallel_residual)
 
+    def places(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the `positions` of whole sequences int64 [..., tokens], and with BiPE their segments."""
+        position = self.config.position
+        if position.kind != "bipe":
+            return torch.arange(token_ids.shape[-1], device=token_ids.device), None
+        ends = torch.tensor(position.segment_tokens, dtype=torch.int64, device=token_ids.device)
+        segments, inside = split_segments(token_ids, ends)
+        return inside, segments
+
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """Return what the first layer gets, [..., tokens, h]; arguments as of `forward`."""
         x: Tensor = self.word_embeddings(token_ids)
         if self.config.position.kind == "learned":
             x = x + self.position_embeddings(positions)
-        elif self.config.position.kind == "sinusoidal":
+        elif self.config.position.kind in ("sinusoidal", "bipe"):
+            # Sinusoids for BiPE too: a segment may be longer than any that a table was trained on.
             x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
         return x
 
@@ -131,7 +145,8 @@ class DapeForCausalLM(nn.Module):
 
         Args:
             token_ids: int64 [..., tokens].
-            positions: int64 [tokens], the place of each token in its sequence.
+            positions: int64 [tokens], the place of each token in its sequence; with BiPE in its segment,
+                [..., tokens].
             attend: the attention of one layer.
 
         Returns:

@@ -27,6 +27,8 @@ class EngineOptions(BaseModel):
     """Attention kernel; `dape backends` lists what runs here."""
     attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(64 << 20)
     """Scratch memory of one attention call, whatever the context length; 8MiB for each CPU thread."""
+    yarn_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Stretch a RoPE model to so many times its train length by YaRN; its folder stays as it is."""
     max_model_len: Positive | None = None
     """Longest prompt plus completion, in tokens; by default the model's own."""
     max_num_seqs: Positive = 32

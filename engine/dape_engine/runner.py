@@ -20,6 +20,7 @@ from dape_engine.options import EngineOptions
 from dape_engine.output_layer import logits, score_targets
 from dape_engine.request import TokenLogprob
 from dape_engine.sampling import SamplerState, sample
+from dape_engine.segments import SegmentCache
 from dape_engine.sequence import Sequence
 from dape_engine.step import Chunk
 from dape_kernels.attention import paged_attention, select_backend
@@ -103,6 +104,12 @@ class ModelRunner:
             raise SettingsError(
                 f"kv_cache_memory: {options.kv_cache_memory} bytes cannot be allocated"
             ) from error
+        self.segments: SegmentCache | None = None
+        """With BiPE, where the cached tokens lie."""
+        if config.position.kind == "bipe":
+            self.segments = SegmentCache(
+                self.num_blocks * self.block_size, config.position.segment_tokens, self.device
+            )
         self._decoder: Decoder | None = None
         if model.rotary is None:
             self._decoder = self.backend.decoder(
@@ -132,11 +139,15 @@ class ModelRunner:
             [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]],
             device=self.device,
         )
-        positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
+        batch = self._batch(chunks)
+        if self.segments is None:
+            positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
+        else:
+            positions = self.segments.add(chunks, batch, token_ids)
         hidden = self.model.embed(token_ids, positions)
         if self._decoder is not None:
             hidden = hidden.float()
-        return Pass(chunks, self._batch(chunks), positions, hidden, 0, self.num_layers)
+        return Pass(chunks, batch, positions, hidden, 0, self.num_layers)
 
     @torch.inference_mode()
     def advance(self, work: Pass, count: int) -> None:
@@ -170,6 +181,7 @@ class ModelRunner:
             context_lens=[chunk.start + chunk.count for chunk in chunks],
             block_tables=tables.to(self.device),
             block_size=self.block_size,
+            segments=None if self.segments is None else self.segments.segment,
         )
 
     def _attention(self, batch: RaggedBatch) -> Attend:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dape_engine.config import ModelConfig
-from dape_engine.errors import ModelFolderError
+from dape_engine.errors import ModelFolderError, SettingsError
 from dape_engine.files import check_regular, read_json
 from dape_engine.model import DapeForCausalLM
 
@@ -39,31 +39,46 @@ def resolve_model(name: str) -> Path:
     return folder
 
 
-def load_config(folder: Path) -> ModelConfig:
+def load_config(folder: Path, yarn_factor: float | None = None) -> ModelConfig:
     """Read and check `config.json`.
 
+    Args:
+        folder: the model folder.
+        yarn_factor: replaces that of a RoPE model.
+
     Raises:
+        SettingsError: a YaRN factor for a model without RoPE.
         ModelFolderError: the file is missing, is not JSON or holds a wrong value.
     """
     path = folder / "config.json"
     settings = read_json(path)
     try:
-        return ModelConfig.model_validate(settings)
+        config = ModelConfig.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
         raise ModelFolderError(f"{path}: {field}: {first['msg']}") from error
+    if yarn_factor is None:
+        return config
+    if config.position.kind != "rope":
+        raise SettingsError(
+            f"yarn_factor: {folder.name} has positions of kind {config.position.kind!r}; YaRN needs 'rope'"
+        )
+    return config.with_position(yarn_factor=yarn_factor)
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> DapeForCausalLM:
-    """Build the model of a folder and load its weights.
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, yarn_factor: float | None = None
+) -> DapeForCausalLM:
+    """Build the model of a folder and load its weights; `yarn_factor` as of `load_config`.
 
     Positional parameters are kept in float32 whatever `dtype` is: biases are never half precision.
 
     Raises:
+        SettingsError: as `load_config`.
         ModelFolderError: a file is missing or damaged, or its tensors do not fit `config.json`.
     """
-    config = load_config(folder)
+    config = load_config(folder, yarn_factor)
     with torch.device("meta"):
         model = DapeForCausalLM(config)
     state = _read_tensors(folder)

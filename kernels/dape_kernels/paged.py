@@ -27,6 +27,8 @@ class RaggedBatch:
     context_lens: list[int]  # S, each at least the sequence's row count
     block_tables: Tensor  # int32 [S, blocks], padded with any valid block number
     block_size: int
+    segments: Tensor | None = None
+    """int64 [slots], the segment of the token in each slot, where encodings are `segmented`."""
     memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
     """What all layers of a step share."""
 

@@ -15,18 +15,22 @@ from dape_kernels.bias import LEAKY_SLOPE
 from dape_kernels.encoding import Cope, Dape, Encoding
 
 
-def reference_scores(query: Tensor, key: Tensor, encoding: Encoding) -> Tensor:
+def reference_scores(
+    query: Tensor, key: Tensor, encoding: Encoding, segments: Tensor | None = None
+) -> Tensor:
     """Return the adapted scores [B, H, M, N] before the causal mask.
 
     Args:
         query, key: [B, H, M, d] and [B, H, N, d], rotated already where the encoding is rotary.
         encoding: the layer's score function.
+        segments: int64 [B, N], where the encoding is `segmented`.
     """
     scores = query @ key.transpose(-1, -2) * encoding.scale
     if encoding.cope is not None:
         return scores + cope_bias(query, scores, encoding.cope)
-    position = torch.arange(key.shape[2], device=key.device)
-    bias = encoding.static_bias(position[-query.shape[2] :, None], position).to(scores.dtype)
+    place = torch.arange(key.shape[2], device=key.device)[None] if segments is None else segments
+    bias = encoding.static_bias(place[:, -query.shape[2] :, None], place[:, None]).transpose(0, 1)
+    bias = bias.to(scores.dtype)
     if encoding.dape is None:
         return scores + bias
     return adapt(scores, bias.expand_as(scores), encoding.dape)
@@ -73,9 +77,11 @@ def cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
     return logits.gather(-1, ceil.long()) * share + logits.gather(-1, floor.long()) * (1 - share)
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, encoding: Encoding) -> Tensor:
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, segments: Tensor | None = None
+) -> Tensor:
     """Return causal attention [B, H, M, d] by materialising every score."""
-    scores = causal(reference_scores(query, key, encoding))
+    scores = causal(reference_scores(query, key, encoding, segments))
     return scores.softmax(-1) @ value
 
 

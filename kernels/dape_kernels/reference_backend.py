@@ -41,8 +41,8 @@ class ReferenceBackend(HeadMajorBackend):
         output, lse = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=dtype)
         for sequence, length in enumerate(batch.context_lens):
             rows = slice(*batch.query_starts[sequence : sequence + 2])
-            key, value = _context(cache, batch, sequence, length, dtype)
-            scores = causal(reference_scores(_heads_first(query[rows], dtype), key, encoding))
+            key, value, segments = _context(cache, batch, sequence, length, dtype)
+            scores = causal(reference_scores(_heads_first(query[rows], dtype), key, encoding, segments))
             output[rows] = (scores.softmax(-1) @ value)[0].transpose(0, 1).to(query.dtype)
             lse[rows] = scores.logsumexp(-1)[0].t()
         return output, lse
@@ -77,11 +77,11 @@ def row_scores(
     beyond = 0 if encoding.dape is None else encoding.dape.kernel // 2
     length = min(position + 1 + beyond, batch.context_lens[sequence])
     rows = _heads_first(query[row : row + length - position], dtype)
-    key, _ = _context(cache, batch, sequence, length, dtype)
+    key, _, segments = _context(cache, batch, sequence, length, dtype)
     visible = slice(position + 1)
-    final = reference_scores(rows, key, encoding)[0, :, 0, visible]
+    final = reference_scores(rows, key, encoding, segments)[0, :, 0, visible]
     scores = (rows[:, :, :1] @ key.transpose(-1, -2) * encoding.scale)[0, :, 0, visible]
-    place = torch.arange(position + 1, device=query.device)
+    place = torch.arange(position + 1, device=query.device) if segments is None else segments[0, visible]
     return RowScores(scores, encoding.static_bias(place[-1:], place).to(dtype), final - scores)
 
 
@@ -91,9 +91,10 @@ def _heads_first(query: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _context(
     cache: LayerCache, batch: RaggedBatch, sequence: int, length: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the first `length` keys and values [1, H, length, d] of a sequence."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the first `length` keys and values [1, H, length, d] of a sequence, and segments [1, length]."""
     device = batch.block_tables.device
     slots = batch.key_slots(torch.tensor(sequence, device=device), torch.arange(length, device=device))
     key, value = cache.read(slots)
-    return key.to(dtype)[None], value.to(dtype)[None]
+    segments = None if batch.segments is None else batch.segments[slots][None]
+    return key.to(dtype)[None], value.to(dtype)[None], segments

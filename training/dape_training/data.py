@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
+SEGMENT_ENDS = frozenset("\n.?!")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -35,6 +36,13 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
+
+
+def segment_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end a segment of BiPE: they hold a newline or end a sentence or the text."""
+    texts = {token: tokenizer.decode([token]) for token in tokenizer.get_vocab().values()}
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return tuple(sorted(t for t, text in texts.items() if t == end or set(text) & SEGMENT_ENDS))
 
 
 def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:

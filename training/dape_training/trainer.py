@@ -23,6 +23,7 @@ from dape_training.card import write_model_card
 from dape_training.config import TrainingConfig
 from dape_training.data import (
     read_documents,
+    segment_tokens,
     tokenize_documents,
     train_tokenizer,
     training_batches,
@@ -48,9 +49,9 @@ class NextTokenLoss(nn.Module):
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query, key, value = (t.transpose(-2, -3) for t in (query, key, value))
-            return dense_attention(query, key, value, encodings[layer]).transpose(-2, -3)
+            return dense_attention(query, key, value, encodings[layer], segments).transpose(-2, -3)
 
-        positions = torch.arange(windows.shape[1] - 1, device=windows.device)
+        positions, segments = self.model.places(windows[:, :-1])
         hidden = self.model(windows[:, :-1], positions, attend)
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -94,7 +95,10 @@ def train(config: TrainingConfig, folder: Path) -> None:
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     set_seed(config.seed)
     tokenizer, tokens, validation = _prepare_data(config, folder, accelerator)
-    model = DapeForCausalLM(config.model)
+    settings = config.model
+    if settings.position.kind == "bipe" and not settings.position.segment_tokens:
+        settings = settings.with_position(segment_tokens=segment_tokens(tokenizer))
+    model = DapeForCausalLM(settings)
     initialise(model)
     loss_module = NextTokenLoss(model)
     optimizer = torch.optim.AdamW(

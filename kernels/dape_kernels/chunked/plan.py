@@ -109,6 +109,8 @@ class Group:
     slots: Tensor  # int64 [G, reach + longest + reach], aligned at the newest row; outside it any of them
     runs: Runs | None  # of a single lane
     reach: int
+    # int64 [G, R] and [slots], the segments of rows and of what the cache holds, where the batch has them
+    segments: tuple[Tensor, Tensor] | None
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the tiles of the group, from the diagonal backwards."""
@@ -176,19 +178,24 @@ def _group(
         slots = slots[:, : longest + 2 * budget.reach]
     else:
         slots = _slots(batch, sequence, last + 1, longest, budget.reach)
+    sources = torch.where(held, row, first[:, None])
+    segments = None
+    if batch.segments is not None:
+        segments = batch.segments[batch.slots()][sources], batch.segments
     return Group(
         lanes=len(lanes),
         rows=rows,
         keys=budget.keys(len(lanes), rows),
         longest=longest,
         shortest=lanes[-1].last + 1,
-        sources=torch.where(held, row, first[:, None]).flatten(),
+        sources=sources.flatten(),
         targets=torch.where(held, row, batch.query_starts[-1]).flatten(),
         last=last,
         contexts=contexts,
         slots=slots,
         runs=runs,
         reach=budget.reach,
+        segments=segments,
     )
 
 

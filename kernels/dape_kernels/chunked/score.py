@@ -84,8 +84,12 @@ def cost(encoding: Encoding) -> Cost:
     pair = heads + hidden
     if reach(encoding):
         pair += heads if bias is None else 2 * heads
+    if isinstance(bias, Fire) or encoding.segmented:
+        pair += 4 * heads + hidden
     if isinstance(bias, Fire):
-        pair += 4 * heads + hidden + 2 * len(bias.hidden_bias)
+        pair += 2 * len(bias.hidden_bias)
+    if encoding.segmented:
+        pair += 4  # differences, as integers of 64 bits
     # A function of the distance is a strip as long as rows and keys together, copied a few times.
     strip = 2 * hidden + 5 * heads + 8
     return Cost(5 * vector + strip, vector + strip, pair)
@@ -98,6 +102,8 @@ def _lowest(dtype: torch.dtype) -> float:
 
 def _static_bias(encoding: Encoding, tile: Tile) -> Tensor:
     """Return the static bias of a tile, to broadcast to [H, G, R, width]."""
+    if encoding.segmented:
+        return encoding.static_bias(*tile.segments())
     if encoding.bias is None or encoding.bias.distance_only:
         distance = tile.distances()
         return tile.spread(encoding.static_bias(distance, torch.zeros_like(distance)))

@@ -77,6 +77,12 @@ class Tile:
         row = torch.arange(self.group.rows, device=last.device)[:, None]
         return last - row, last + torch.arange(-self.top, self.width - self.top, device=last.device)
 
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Return the segments of queries [G, R, 1] and keys [G, 1, width], where the batch has them."""
+        assert self.group.segments is not None
+        of_rows, of_slots = self.group.segments
+        return of_rows[..., None], of_slots[self.slots()].view(self.group.lanes, 1, self.width)
+
     def hide_future_(self, values: Tensor, value: float) -> None:
         """Overwrite what lies above the diagonal in values [X, G, R, width]."""
         rows = self.group.rows

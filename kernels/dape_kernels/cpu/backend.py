@@ -30,7 +30,7 @@ KERNELS = (1, 3, 5)
 
 
 class CpuBackend:
-    """Every encoding but CoPE, on CPUs, in a few megabytes of scratch memory per thread."""
+    """Every encoding but CoPE and BiPE, on CPUs, in a few megabytes of scratch memory per thread."""
 
     name = "cpu"
 
@@ -64,6 +64,7 @@ class CpuBackend:
             (kernel not in KERNELS, f"DAPE kernel {kernel}, none of {', '.join(map(str, KERNELS))}"),
             (official, "the official right edge"),
             (encoding.cope is not None, "CoPE"),
+            (encoding.segmented, "biases of segments (BiPE)"),
             (bias is not None and not (bias.distance_only or piecewise), "this form of FIRE"),
         )
         return next((f"does not support {text}" for present, text in obstacles if present), None)

@@ -26,7 +26,7 @@ KEPT_BYTES = 64 << 20
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, places: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, segments: Tensor | None = None
 ) -> Tensor:
     """Causal attention of whole sequences, differentiable in q, k, v and the encoding's parameters.
 
@@ -35,13 +35,13 @@ def dense_attention(
     Args:
         query, key, value: [B, H, N, d], rotated already where the encoding is rotary.
         encoding: the layer's score function; its parameters may require gradients.
-        places: int64 [B, N], the segment of each token, where the encoding is `segmented`.
+        segments: int64 [B, N], the segment of each token, where the encoding is `segmented`.
 
     Returns:
         [B, H, N, d] in the dtype of `query`.
     """
     with torch.autocast(query.device.type, enabled=False):
-        static = static_parts(encoding, query.shape[2], places, query.device)
+        static = static_parts(encoding, query.shape[2], segments, query.device)
         tensors = adapter_tensors(encoding)
         output: Tensor = _DenseAttention.apply(  # type: ignore[no-untyped-call]
             _Layer(encoding, static, len(tensors)),

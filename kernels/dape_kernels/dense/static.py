@@ -46,11 +46,11 @@ class Static(Protocol):
         ...
 
 
-def static_parts(encoding: Encoding, tokens: int, places: Tensor | None, device: torch.device) -> Static:
+def static_parts(encoding: Encoding, tokens: int, segments: Tensor | None, device: torch.device) -> Static:
     """Return the static parts of a layer for sequences of `tokens` tokens; see `dense_attention`."""
     if encoding.tabular:
         return Tabulated(encoding, tokens, device)
-    return Evaluated(encoding, torch.arange(tokens, device=device)[None] if places is None else places)
+    return Evaluated(encoding, torch.arange(tokens, device=device)[None] if segments is None else segments)
 
 
 class Tabulated:
