@@ -17,7 +17,7 @@ from dape_engine.errors import SettingsError
 from dape_server.cli.report import write_json
 from dape_training.che.config import CheConfig, load_che_config
 from dape_training.che.report import collect, markdown
-from dape_training.che.run import load_trained, read_result, test, write_result
+from dape_training.che.run import accuracy_by_length, load_trained, read_result, write_result
 from dape_training.che.sweep import check_results, sweep
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def evaluate(config: CheConfig, out: Path) -> None:
         result = read_result(out / run.folder)
         if result is not None:
             model = load_trained(run, out / run.folder)
-            new = write_result(run, out / run.folder, result["training"], test(model, run))
+            new = write_result(run, out / run.folder, result["training"], accuracy_by_length(model, run))
             logger.info("%s scores %.1f %%", run.folder, 100 * new["score"])
 
 

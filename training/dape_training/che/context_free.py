@@ -41,7 +41,7 @@ def stack_manipulation(inputs: Symbols) -> Symbols:
 
 def reverse_string(inputs: Symbols) -> Symbols:
     """Bits to the same bits from the last to the first."""
-    return inputs[:, ::-1]
+    return inputs[:, ::-1].copy()
 
 
 def draw_modular_arithmetic_brackets(generator: np.random.Generator, count: int, length: int) -> Symbols:

@@ -19,6 +19,17 @@ SCORES = {
     "trained_lengths_score": "Accuracy in % at trained lengths",
 }
 PUBLISHED = RunSettings()
+METHOD = """\
+- Encoder models see |i - j| as the distance of places i and j. FIRE's normaliser uses the larger of the two.
+  The published code for these tasks is not known: the released modules set the distance of later keys to 0.
+- A `causal` model is the engine's decoder: placeholders see the whole input and the placeholders before them.
+- Layers are those of the package: norms before attention and MLP, GELU. The reference puts norms after them
+  and uses ReLU. Dropout acts on the outputs of attention and MLP, as there.
+- Positions are 0, 1, 2, ... unless `max_position` is set; the paper names 2048 as the limit of randomised
+  positions.
+- Every encoding gets the same steps and batches and is tested on the same strings. Accuracy is the share of
+  right symbols; symbols after the end of an answer are not scored.
+"""
 
 
 def collect(config: CheConfig, out: Path) -> dict[str, Any]:
@@ -70,6 +81,7 @@ def markdown(config: CheConfig, report: Mapping[str, Any]) -> str:
         config.note,
         f"{len(runs)} of {report['planned_runs']} runs are finished; training took {hours:.2f} core hours.",
         _budget(settings),
+        METHOD.rstrip(),
     ]
     for setup in config.setups:
         for kind, title in SCORES.items():

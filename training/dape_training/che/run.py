@@ -48,7 +48,7 @@ def perform(run: Run, folder: Path, progress: Progress | None = None) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     model = build(run)
     training = _train(model, run, folder / CHECKPOINT, progress)
-    return write_result(run, folder, training, test(model, run))
+    return write_result(run, folder, training, accuracy_by_length(model, run))
 
 
 def build(run: Run) -> CheModel:
@@ -163,9 +163,9 @@ def _train(model: CheModel, run: Run, checkpoint: Path, progress: Progress | Non
 
 def _loss(model: CheModel, examples: Examples, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy and the accuracy over all scored symbols."""
-    logits = model(torch.from_numpy(np.ascontiguousarray(examples.inputs)), positions)
+    logits = model(torch.from_numpy(examples.inputs), positions)
     scored = torch.from_numpy(examples.scored)
-    logits, targets = logits[scored], torch.from_numpy(np.ascontiguousarray(examples.targets))[scored]
+    logits, targets = logits[scored], torch.from_numpy(examples.targets)[scored]
     return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
 
@@ -178,7 +178,7 @@ def _positions(examples: Examples, settings: RunSettings, generator: np.random.G
 
 
 @torch.no_grad()
-def test(model: CheModel, run: Run) -> dict[int, float]:
+def accuracy_by_length(model: CheModel, run: Run) -> dict[int, float]:
     """Return the accuracy by test length. All runs of a task see the same strings.
 
     Args:

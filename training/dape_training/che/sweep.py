@@ -54,7 +54,11 @@ def sweep(runs: Sequence[Run], out: Path, workers: int) -> None:
         ValueError: a result in the folder comes from other settings.
         RuntimeError: a worker failed.
     """
-    logger.info("%d of %d runs are finished", check_results(runs, out), len(runs))
+    finished = check_results(runs, out)
+    logger.info("%d of %d runs are finished", finished, len(runs))
+    workers = min(workers, len(runs) - finished)
+    if workers == 0:
+        return
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")
     processes = [
