@@ -11,6 +11,9 @@ template <int G, bool Pairs>
 class CacheProducts {
   public:
     static constexpr bool kBytes = Pairs && G == 4;
+    // Whether keys and values are fetched a tile ahead of their products rather than a head: those of bytes are done
+    // before the next head's have come.
+    static constexpr bool kTileAhead = kBytes;
     static constexpr int kPlanes = kBytes ? 2 : 1;  // of queries and weights: high bytes, then low bytes
     using Weight = std::conditional_t<kBytes, uint8_t, std::conditional_t<Pairs, uint16_t, float>>;
 
@@ -57,16 +60,19 @@ class CacheProducts {
         const int64_t end = item_->position + rows_;
         const int columns = clip(end - first, 0, kTile), first_row = first_seeing(first);
         if (columns == 0) return;
-        // Of the keys, and behind them of the values, which are needed next.
+        // Of the keys, and behind them of what is fetched ahead: of values, which are needed next, or of the next
+        // tile's keys, see `kTileAhead`.
         const uint32_t* panels[2 * kTile / kPanel];
         const float* scales[kTile / kPanel];
         for (int p = 0; p * kPanel < columns; ++p) {
             const int64_t panel = panel_of(first + p * kPanel);
             panels[p] = a_.cache.key + panel * heads_ * key_words();
-            panels[p + kTile / kPanel] = a_.cache.value + panel * heads_ * value_words();
+            panels[p + kTile / kPanel] =
+                kTileAhead ? a_.cache.key + next_panel_of(first + p * kPanel) * heads_ * key_words()
+                           : a_.cache.value + panel * heads_ * value_words();
             if constexpr (G == 4) {
                 scales[p] = a_.cache.key_scale + panel * heads_ * kPanel;
-                const int64_t next = panel_of(least(first + kTile + p * kPanel, item_->last_key - 1));
+                const int64_t next = next_panel_of(first + p * kPanel);
                 for (int head = 0; head < heads_; ++head) {
                     prefetch(a_.cache.value_scale + (panel * heads_ + head) * kPanel);
                     prefetch(a_.cache.key_scale + (next * heads_ + head) * kPanel);
@@ -85,7 +91,9 @@ class CacheProducts {
                     // Panels that no row sees are read as the last one.
                     const int at = column + n * kLanes, p = int(least(at / kPanel, last)), lane = at % kPanel;
                     keys[n] = panels[p] + head * key_words() + lane;
-                    next[n] = head + 1 < heads_ ? keys[n] + key_words() : panels[p + kTile / kPanel] + lane;
+                    next[n] = kTileAhead           ? panels[p + kTile / kPanel] + head * key_words() + lane
+                              : head + 1 < heads_ ? keys[n] + key_words()
+                                                   : panels[p + kTile / kPanel] + lane;
                     if constexpr (G == 4) scale[n] = scales[p] + head * kPanel + lane;
                 }
                 for (int row = first_row; row < rows_;)
@@ -108,12 +116,13 @@ class CacheProducts {
         const int count = int(least(kTile, least(item_->last_key, item_->position + rows_) - first)) - lower;
         if (count <= 0) return;
         const int first_row = first_seeing(first + lower);
-        // Of the values, and behind them of the keys of the next tile.
+        // Of the values, and behind them of what is fetched ahead: of the next tile's keys or values.
         const uint32_t* panels[2 * kTile / kPanel];
         for (int p = 0; p * kPanel < count; ++p) {
-            const int64_t key = first + lower + p * kPanel, next = least(key + kTile, item_->last_key - 1);
+            const int64_t key = first + lower + p * kPanel, next = next_panel_of(key) * heads_;
             panels[p] = a_.cache.value + panel_of(key) * heads_ * value_words();
-            panels[p + kTile / kPanel] = a_.cache.key + panel_of(next) * heads_ * key_words();
+            panels[p + kTile / kPanel] =
+                kTileAhead ? a_.cache.value + next * value_words() : a_.cache.key + next * key_words();
         }
         if constexpr (Pairs && !kBytes && kHasMatrix)
             if (on_matrix_) return add_on_matrix(panels, count, first_row, lower, all);
@@ -123,7 +132,9 @@ class CacheProducts {
                 const uint32_t *values[kTile / kPanel], *next[kTile / kPanel];
                 for (int p = 0; p * kPanel < count; ++p) {
                     values[p] = panels[p] + head * value_words() + element;
-                    next[p] = head + 1 < heads_ ? values[p] + value_words() : panels[p + kTile / kPanel] + element;
+                    next[p] = kTileAhead           ? panels[p + kTile / kPanel] + head * value_words() + element
+                              : head + 1 < heads_ ? values[p] + value_words()
+                                                   : panels[p + kTile / kPanel] + element;
                 }
                 element += kLanes * with_largest(Columns{}, (padded_dim_ - element) / kLanes, [&](auto n) {
                     for (int row = first_row; row < rows_;)
@@ -152,6 +163,9 @@ class CacheProducts {
         const int64_t panel = position / kPanel, per_block = a_.panels_per_block;
         return a_.block_tables[item_->sequence * a_.table_stride + panel / per_block] * per_block + panel % per_block;
     }
+
+    // The panel as far into the next tile, or the last one.
+    int64_t next_panel_of(int64_t position) const { return panel_of(least(position + kTile, item_->last_key - 1)); }
 
     // The first row of the first group of rows of which one sees the key at `first` or later ones.
     int first_seeing(int64_t first) const {
