@@ -30,12 +30,15 @@ class HttpEngine(AsyncEngine):
 
 @asynccontextmanager
 async def engine_of(folder: Path, observer: Any = None, **options: Any) -> AsyncIterator[AsyncEngine]:
-    """A started engine that must end with all blocks free and nothing at work."""
+    """A started engine that must end alive, with all blocks free and nothing at work."""
     engine = AsyncEngine(folder, EngineOptions(**{**SMALL, **options}), observer)
     engine.start()
-    yield engine
-    state = engine.state()
-    await engine.shutdown(0)
+    try:
+        yield engine
+    finally:
+        state = engine.state()
+        await engine.shutdown(0)
+    assert state.failure is None
     assert (state.free_blocks, state.running, state.waiting) == (state.total_blocks, 0, 0)
     engine._scheduler.check_invariants()
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ from dape_engine.engine import AsyncEngine
 from dape_engine.errors import EngineStoppedError, StepError
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams, ScoreRequest, Window
-from engines import HttpEngine
+from engines import SMALL, HttpEngine, engine_of
 from fakes import COMPLETIONS
 from live import PATIENCE, live, request, until
 from models import write_model
 
-SMALL: dict[str, Any] = {"kv_cache_memory": 1 << 20, "block_size": 16, "max_num_batched_tokens": 64}
 DRAWN = SamplingParams(max_tokens=6, temperature=1.0, top_p=0.95, seed=5, ignore_eos=True, logprobs=0)
 PROMPTS = [tuple(range(7 * n + 1, 7 * n + 12)) for n in range(3)]
 SCORED = tuple(range(200, 230))
@@ -49,21 +47,6 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["word_embeddings.weight"][POISON] = torch.nan
     save_file(tensors, folder / "model.safetensors")
     return folder
-
-
-@asynccontextmanager
-async def engine_of(folder: Path, **options: Any) -> AsyncIterator[AsyncEngine]:
-    """A started engine that must end alive, with all blocks free and nothing at work."""
-    engine = AsyncEngine(folder, EngineOptions(**{**SMALL, **options}))
-    engine.start()
-    try:
-        yield engine
-    finally:
-        state = engine.state()
-        await engine.shutdown(0)
-    assert state.failure is None
-    assert (state.free_blocks, state.running, state.waiting) == (state.total_blocks, 0, 0)
-    engine._scheduler.check_invariants()
 
 
 async def generate(engine: AsyncEngine, prompt: tuple[int, ...], sampling: SamplingParams = DRAWN) -> Any:
@@ -166,10 +149,10 @@ async def test_work_that_fails_once_changes_no_answer(folder: Path, step: int) -
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
 async def test_memory_that_runs_out_at_any_operation_changes_no_answer(folder: Path, backend: str) -> None:
     """The k-th operation finds no memory, for every third k, until a run has no k-th."""
-    async with engine_of(folder, attention_backend=backend) as engine:
+    async with engine_of(folder, attention_backend=backend, block_size=16) as engine:
         expected = await everything(engine)
     tries, passed = 0, False
-    async with engine_of(folder, attention_backend=backend) as engine:
+    async with engine_of(folder, attention_backend=backend, block_size=16) as engine:
         mode = FailingOperation(0, torch.OutOfMemoryError("no memory"))
         interpose(engine, lambda work, _: _under(mode, work))
         while not passed and tries < 60:
@@ -213,7 +196,9 @@ async def test_a_request_that_always_fails_ends_alone(folder: Path, victim: int,
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
 async def test_numbers_that_are_no_numbers_end_their_own_request_only(poisoned: Path, backend: str) -> None:
     """Their keys and values stay behind in blocks that others get next, where nothing may read them."""
-    async with engine_of(poisoned, attention_backend=backend, kv_cache_memory=12 * 16 * 512) as engine:
+    async with engine_of(
+        poisoned, attention_backend=backend, block_size=16, kv_cache_memory=12 * 16 * 512
+    ) as engine:
         expected = await everything(engine)
         for place in (0, 5, 10):
             bad = [*PROMPTS[0][:place], POISON, *PROMPTS[0][place:]]
@@ -268,12 +253,9 @@ async def test_an_observer_that_fails_ends_nothing(folder: Path) -> None:
 
         on_finished = on_step
 
-    engine = AsyncEngine(folder, EngineOptions(**SMALL), Broken())
-    engine.start()
-    results = await everything(engine)
+    async with engine_of(folder, Broken()) as engine:
+        results = await everything(engine)
     assert not any(isinstance(result, Exception) for result in results), results
-    assert engine.state().failure is None
-    await engine.shutdown(0)
 
 
 # --- Health --------------------------------------------------------------------------------------
