@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import lzma
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional
 
 from dape_engine.model import DapeForCausalLM
@@ -90,6 +94,41 @@ def test_a_resumed_run_equals_an_unbroken_one(config: TrainingConfig, tmp_path: 
     assert losses(broken)[40] == pytest.approx(losses(tmp_path / "whole")[40], abs=1e-4)
 
 
+def test_segments_are_those_of_the_tokenizer(config: TrainingConfig, tmp_path: Path) -> None:
+    """Training looks up the tokens that end a segment, and the model folder names them."""
+    settings = config.model.with_position(kind="bipe")
+    train(config.model_copy(update={"model": settings, "steps": 2}), tmp_path / "run")
+    model = load_model(tmp_path / "run" / "model", torch.float32, torch.device("cpu"))
+    tokenizer = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json"))
+    assert {0, tokenizer.token_to_id(".")} <= set(model.config.position.segment_tokens)
+    assert tokenizer.token_to_id("a") not in model.config.position.segment_tokens
+
+
+def test_two_processes_train_the_model_of_one(config: TrainingConfig, tmp_path: Path) -> None:
+    """With parameters of every kind: a table that all layers share, one of all positions, of DAPE."""
+    positions: dict[str, dict[str, Any]] = {
+        "t5": {"position": {"kind": "t5"}, "dape": None},
+        "learned": {"position": {"kind": "learned"}},
+        "fire": {"position": {"kind": "fire"}, "dape": {"version": 2, "kernel": 3, "width": 8}},
+        "bipe": {"position": {"kind": "bipe"}},
+    }
+    few = {**config.model_dump(mode="json"), "steps": 4, "warmup_steps": 1, "validate_every": 4}
+    configs = {name: {**few, "model": {**few["model"], **layer}} for name, layer in positions.items()}
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    program = [Path(__file__).with_name("two_processes.py"), tmp_path / "configs.json"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for name, settings in configs.items():
+        alone = tmp_path / "alone" / name
+        train(TrainingConfig.model_validate(settings), alone)
+        ours, theirs = (
+            json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+            for folder in (alone, tmp_path / name)
+        )
+        assert ours == pytest.approx(theirs, abs=1e-3), name
+
+
 def interrupt_at(step: int):
     def rate(config: TrainingConfig, current: int) -> float:
         if current == step:
@@ -164,13 +203,17 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     assert config.warmup_steps < config.steps
 
 
-def test_weight_decay_spares_norms_and_biases_only() -> None:
-    """As in Megatron's rule, under which the published models were trained."""
-    model = DapeForCausalLM(load_training_config(CONFIGS / "dape-kerple-8m.yaml", {}).model)
-    decayed, free = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("kind", "scalars"), [("kerple", "bias_p"), ("t5", "position.weight")])
+def test_weight_decay_spares_norms_and_biases_only(kind: str, scalars: str) -> None:
+    """As in Megatron's rule, under which the published models were trained. Shared parameters come once."""
+    shared = load_training_config(CONFIGS / "dape-kerple-8m.yaml", {}).model.with_position(kind=kind)
+    model = DapeForCausalLM(shared.model_copy(update={"tie_word_embeddings": True}))
+    groups: list[list[int]] = [list(map(id, group["params"])) for group in parameter_groups(model, 0.1)]  # type: ignore[call-overload]
+    decayed, free = map(set, groups)
+    assert len(groups[0]) + len(groups[1]) == len(decayed) + len(free)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert not decayed & free
     assert decayed | free == set(names)
     assert all("norm" in names[p] or names[p].endswith(".bias") for p in free)
     assert all(not names[p].endswith(".bias") for p in decayed)
-    assert any(names[p].endswith("bias_p") for p in decayed)
+    assert any(names[p].endswith(scalars) for p in decayed)

@@ -74,14 +74,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
     The positional scalars decay too: without it most exponents of a Kerple model grow past 1.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    # Dictionaries as ordered sets: modules may share a parameter (T5's table, tied embeddings).
+    decayed: dict[nn.Parameter, None] = {}
+    free: dict[nn.Parameter, None] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            (free if name == "bias" or isinstance(module, nn.LayerNorm) else decayed).append(parameter)
+            (free if name == "bias" or isinstance(module, nn.LayerNorm) else decayed)[parameter] = None
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": list(decayed), "weight_decay": weight_decay},
+        {"params": list(free), "weight_decay": 0.0},
     ]
 
 
