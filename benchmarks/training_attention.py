@@ -30,7 +30,15 @@ TOKENS = 4096
 """Per step, so many sequences of the length at hand as make these."""
 # The plain form keeps dozens of numbers for every pair and head.
 PLAIN_UP_TO = 512
-LAYERS = {"kerple": None, "kerple + DAPE": DapeConfig(width=32)}
+KERPLE, FIRE = PositionConfig(kind="kerple"), PositionConfig(kind="fire")
+LAYERS = {
+    "kerple": (KERPLE, None),
+    "kerple-v1": (KERPLE, DapeConfig(width=32)),
+    "kerple-v2-k3": (KERPLE, DapeConfig(version=2, kernel=3, width=32)),
+    "fire": (FIRE, None),
+    "fire-v1": (FIRE, DapeConfig(width=32)),
+    "cope": (PositionConfig(kind="cope"), None),
+}
 Attention = Callable[..., Tensor]
 LIMIT = attention.KEPT_BYTES
 
@@ -77,11 +85,11 @@ def step(run: Attention, module: PositionalEncoding, inputs: list[Tensor]) -> tu
 
 
 def measure(
-    dape: DapeConfig | None, length: int, dtype: torch.dtype, against: Path | None, seconds: float
+    layer: str, length: int, dtype: torch.dtype, against: Path | None, seconds: float
 ) -> dict[str, dict[str, float]]:
     """Return median milliseconds and kept MiB of every variant."""
     torch.manual_seed(0)
-    module = PositionalEncoding(PositionConfig(kind="kerple"), dape, HEADS, HEAD_DIM)
+    module = PositionalEncoding(*LAYERS[layer], HEADS, HEAD_DIM)
     shape = max(1, TOKENS // length), HEADS, length, HEAD_DIM
     inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
     found = variants(against, length)
@@ -106,6 +114,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path)
     parser.add_argument("--seconds", type=float, default=10, help="for each case")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--layers", choices=LAYERS, nargs="+", default=["kerple", "kerple-v1"])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -114,8 +123,8 @@ def main() -> None:
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     rows = []
     for length in arguments.lengths:
-        for name, dape in LAYERS.items():
-            found = measure(dape, length, dtype, arguments.against, arguments.seconds)
+        for name in arguments.layers:
+            found = measure(name, length, dtype, arguments.against, arguments.seconds)
             for variant, numbers in found.items():
                 ratio = numbers["milliseconds"] / found["dense"]["milliseconds"]
                 rows.append({"length": length, "layer": name, "variant": variant, **numbers, "ratio": ratio})
