@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dape_engine.config import DapeConfig, PositionConfig
-from dape_engine.errors import SettingsError
+from dape_engine.errors import DapeError, SettingsError
 from dape_kernels.encoding import Encoding
 from dape_kernels.reference import adapt, reference_attention
 from dape_server.cli import cli, main
@@ -331,6 +331,18 @@ def test_a_sweep_is_trained_by_workers_tested_again_and_reported(sweep_file: Pat
     assert len(report["runs"]) == report["planned_runs"] == 8
     assert set(report["runs"][0]["accuracy"]) == {"2", "7"}
     assert page.read_text().rstrip() == result.output.rstrip()
+
+
+def test_a_failing_worker_is_reported(sweep_file: Path) -> None:
+    run = load_che_config(
+        sweep_file, {"tasks": ["even_pairs"], "seeds": [0], "encodings": ["nope"]}, {}
+    ).runs()[0]
+    folder = sweep_file.parent / "out" / run.folder
+    perform(make_run(), folder)
+    (folder / "result.json").unlink()
+    only = ("--task", "even_pairs", "--seed", "0", "--encoding", "nope")
+    with pytest.raises(DapeError, match="1 of 1 workers failed"):
+        che("train", sweep_file, *only)
 
 
 def write_results(sweep_file: Path, scores: dict[tuple[str, str], tuple[float, ...]]) -> None:

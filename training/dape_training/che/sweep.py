@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dape_engine.errors import DapeError
 from dape_training.che.config import Run
 from dape_training.che.run import perform, read_result
 
@@ -52,7 +53,7 @@ def sweep(runs: Sequence[Run], out: Path, workers: int) -> None:
 
     Raises:
         ValueError: a result in the folder comes from other settings.
-        RuntimeError: a worker failed.
+        DapeError: a worker failed.
     """
     finished = check_results(runs, out)
     logger.info("%d of %d runs are finished", finished, len(runs))
@@ -70,7 +71,7 @@ def sweep(runs: Sequence[Run], out: Path, workers: int) -> None:
         process.join()
     failed = sum(process.exitcode != 0 for process in processes)
     if failed:
-        raise RuntimeError(f"{failed} of {workers} workers failed")
+        raise DapeError(f"{failed} of {workers} workers failed, for the reasons above")
 
 
 def _work(runs: Sequence[Run], out: Path, threads: int) -> None:
