@@ -168,12 +168,15 @@ def test_a_step_takes_little_memory(
 def test_blocks_cover_every_row_once_and_are_small(sequences: int, tokens: int, margin: int) -> None:
     """Products over more pairs than a block's have crashed oneDNN."""
     covered = torch.zeros(sequences, tokens, dtype=torch.int32)
-    stop = tokens
+    stop, shapes = tokens, set()
     for group in CPU_BLOCK.groups(sequences, tokens, margin):
         assert {block.rows.stop for block in group} == {stop}
         stop = group[0].rows.start
         for block in group:
             covered[block.sequences, block.rows] += 1
             count = (block.sequences.stop - block.sequences.start) * (block.rows.stop - block.rows.start)
-            assert count * (block.rows.stop + margin) <= CPU_BLOCK.pairs or count == 1
+            assert count * (block.keys.stop + margin) <= CPU_BLOCK.pairs or count == 1
+            assert block.rows.stop <= block.keys.stop <= tokens
+            shapes.add((block.rows.stop - block.rows.start, block.keys.stop))
+    assert len({keys for _, keys in shapes}) <= 16
     assert (covered == 1).all()

@@ -27,7 +27,7 @@ def reference_scores(
     """
     scores = query @ key.transpose(-1, -2) * encoding.scale
     if encoding.cope is not None:
-        return scores + cope_bias(query, scores, encoding.cope)
+        return scores + cope_bias(query, scores, _future(scores), encoding.cope)
     place = torch.arange(key.shape[2], device=key.device)[None] if segments is None else segments
     bias = encoding.static_bias(place[:, -query.shape[2] :, None], place[:, None]).transpose(0, 1)
     bias = bias.to(scores.dtype)
@@ -60,16 +60,17 @@ def _diagonal(scores: Tensor) -> int:
     return scores.shape[-1] - scores.shape[-2]
 
 
-def cope_bias(query: Tensor, scores: Tensor, cope: Cope) -> Tensor:
+def cope_bias(query: Tensor, scores: Tensor, future: Tensor, cope: Cope) -> Tensor:
     """CoPE (Golovneva et al. 2024, eq. 3 to 5): interpolate q e[p] at p = sum of gates from j to i.
 
     Args:
         query: [..., M, d].
         scores: [..., M, N], scaled.
+        future: which pairs [M, N] lie above the diagonal.
         cope: its table.
     """
     last = cope.table.shape[1] - 1
-    gates = torch.sigmoid(scores).tril(_diagonal(scores))
+    gates = torch.sigmoid(scores).masked_fill(future, 0.0)
     position = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(last)
     logits = query @ cope.table.to(query.dtype)
     floor, ceil = position.floor(), position.ceil()
@@ -87,5 +88,10 @@ def reference_attention(
 
 def causal(scores: Tensor) -> Tensor:
     """Return scores [..., M, N] with minus infinity where the key is after the query."""
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-    return scores.masked_fill(future.triu(_diagonal(scores) + 1), float("-inf"))
+    return scores.masked_fill(_future(scores), float("-inf"))
+
+
+def _future(scores: Tensor) -> Tensor:
+    """Return which pairs [M, N] of scores [..., M, N] lie above the diagonal."""
+    pairs = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    return pairs.triu(_diagonal(scores) + 1)

@@ -212,23 +212,24 @@ class Gates:
         scores: Tensor,
         query: Tensor,
         hidden: Tensor | None,  # noqa: ARG002
-        future: Tensor,  # noqa: ARG002
+        future: Tensor,
     ) -> tuple[Tensor, Kept]:
-        return scores + self._bias(query, scores, self._table).to(scores.dtype), (scores,)
+        return scores + _gated(query, scores, self._table, future).to(scores.dtype), (scores,)
 
     def backward(
         self,
         gradient: Tensor,
         query: Tensor,
         kept: Kept,
-        future: Tensor,  # noqa: ARG002
+        future: Tensor,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in (query, kept[0], self._table)]
-            bias = self._bias(*leaves)
+            bias = _gated(leaves[0], leaves[1], leaves[2], future)
         of_query, of_scores, of_table = torch.autograd.grad(bias, leaves, gradient.to(bias.dtype))
         self.gradients[0] += of_table
         return of_scores.add_(gradient), None, of_query
 
-    def _bias(self, query: Tensor, scores: Tensor, table: Tensor) -> Tensor:
-        return cope_bias(query.to(table.dtype), scores.to(table.dtype), Cope(table))
+
+def _gated(query: Tensor, scores: Tensor, table: Tensor, future: Tensor) -> Tensor:
+    return cope_bias(query.to(table.dtype), scores.to(table.dtype), future, Cope(table))

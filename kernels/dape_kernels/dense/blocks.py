@@ -15,20 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some query rows of some sequences, with the keys 0 to the last of these rows."""
+    """Some query rows of some sequences, with all the keys that they can see, and perhaps a few more."""
 
     sequences: slice
     rows: slice
-
-    @property
-    def keys(self) -> slice:
-        """The keys that the last row can see."""
-        return slice(0, self.rows.stop)
+    keys: slice
 
     def future(self, device: torch.device) -> Tensor:
         """Return which pairs [R, K] lie above the diagonal."""
-        rows, keys = self.rows.stop - self.rows.start, self.rows.stop
-        return torch.ones(rows, keys, dtype=torch.bool, device=device).triu(keys - rows + 1)
+        rows = self.rows.stop - self.rows.start
+        return torch.ones(rows, self.keys.stop, dtype=torch.bool, device=device).triu(self.rows.start + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +42,25 @@ class BlockSize:
             tokens: of each sequence.
             margin: columns beside the keys of a row that take memory like pairs.
         """
+        # Few different shapes: for each, oneDNN compiles its bfloat16 products anew, in milliseconds.
+        step = max(self.rows, -(-tokens // KEY_COUNTS))
         stop = tokens
         while stop:
-            rows = min(stop, max(1, min(self.rows, self.pairs // (stop + margin))))
-            together = max(1, self.pairs // (rows * (stop + margin)))
+            keys = min(tokens, -(-stop // step) * step)
+            fitting = max(1, min(self.rows, self.pairs // (keys + margin)))
+            rows = min(stop, 1 << (fitting.bit_length() - 1))
+            together = max(1, self.pairs // (rows * (keys + margin)))
             yield [
-                Block(slice(first, min(first + together, sequences)), slice(stop - rows, stop))
+                Block(
+                    slice(first, min(first + together, sequences)), slice(stop - rows, stop), slice(0, keys)
+                )
                 for first in range(0, sequences, together)
             ]
             stop -= rows
 
 
+# Most different numbers of keys that the blocks of one batch have.
+KEY_COUNTS = 16
 # With 8 heads and D = 32 a block takes 2 MB in bfloat16 on a CPU. oneDNN 3.12's bfloat16 product over the
 # pairs divides by zero for some larger counts (57344 on processors with AMX). Accelerators want large blocks.
 CPU_BLOCK = BlockSize(pairs=2**15, rows=32)

@@ -71,17 +71,17 @@ class Tabulated:
     def gradients(
         self, tensors: Sequence[Tensor], block: Block, of_parts: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        keys = block.rows.stop
+        seen = block.rows.stop
         return [
-            functional.pad(_sum_diagonals(gradient[:, 0]), (0, table.shape[1] - keys))
+            functional.pad(_sum_diagonals(gradient[:, 0, :, :seen]), (0, table.shape[1] - seen))
             for table, gradient in zip(tensors, of_parts, strict=True)
         ]
 
 
 def _look_up(table: Tensor, block: Block) -> Tensor:
     """Return table[:, i - j], [C, 1, R, K], of a table [C, N]; zero above the diagonal."""
-    rows, keys = block.rows.stop - block.rows.start, block.rows.stop
-    strip = functional.pad(table[:, :keys].flip(1), (0, rows - 1))
+    rows, seen, keys = block.rows.stop - block.rows.start, block.rows.stop, block.keys.stop
+    strip = functional.pad(table[:, :seen].flip(1), (0, keys - seen + rows - 1))
     view = strip.as_strided((len(strip), 1, rows, keys), (strip.shape[1], 0, 1, 1))
     return view.flip(2).contiguous()  # flip keeps an order of strides that would make additions slow
 
