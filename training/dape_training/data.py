@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from dape_training.files import whole_file
+
 END_OF_TEXT = "<|endoftext|>"
 SEGMENT_ENDS = frozenset("\n.?!")
+logger = logging.getLogger(__name__)
 
 
 def read_documents(path: Path) -> list[str]:
@@ -50,6 +55,29 @@ def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray
     end = tokenizer.token_to_id(END_OF_TEXT)
     encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
     return np.concatenate([np.array([*e.ids, end], dtype=np.int32) for e in encoded])
+
+
+def saved_tokenizer(data: Path, vocab_size: int, folder: Path) -> Tokenizer:
+    """Return the tokenizer.json of a folder, trained on the documents of `data` if it is not there yet."""
+    saved = folder / "tokenizer.json"
+    if not saved.exists():
+        documents = read_documents(data)
+        logger.info("training the tokenizer on %d documents", len(documents))
+        with whole_file(saved) as new:
+            train_tokenizer(documents, vocab_size).save(str(new))
+    return Tokenizer.from_file(str(saved))
+
+
+def saved_tokens(data: Path, tokenizer: Tokenizer, folder: Path) -> np.ndarray:
+    """Return `tokenize_documents` of a file, kept in a folder under a name made from text and tokenizer."""
+    key = hashlib.sha256(data.read_bytes() + tokenizer.to_str().encode()).hexdigest()[:16]
+    saved = folder / f"tokens-{key}.npy"
+    if not saved.exists():
+        logger.info("tokenizing %s", data)
+        with whole_file(saved) as new, new.open("wb") as file:
+            np.save(file, tokenize_documents(read_documents(data), tokenizer))
+    tokens: np.ndarray = np.load(saved, mmap_mode="r")
+    return tokens
 
 
 def training_batches(

@@ -1,4 +1,8 @@
-"""The training loop: AdamW, cosine schedule with warm-up, checkpoints, resume, validation loss."""
+"""The training loop: AdamW, cosine schedule with warm-up, checkpoints, resume, validation loss.
+
+A run folder holds `checkpoints/`, `metrics.jsonl`, tensorboard events, the tokenizer and tokens unless they
+are shared, the model folder `model/` with its card, and at the end `result.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +10,38 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import progress as bars
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dape_engine.model import DapeForCausalLM, initialise
 from dape_engine.weights import save_model_folder
 from dape_kernels.dense import dense_attention
+from dape_training import checkpoint
 from dape_training.card import write_model_card
+from dape_training.checkpoint import Progress
 from dape_training.config import TrainingConfig
 from dape_training.data import (
-    read_documents,
+    saved_tokenizer,
+    saved_tokens,
     segment_tokens,
-    tokenize_documents,
-    train_tokenizer,
     training_batches,
     validation_batches,
 )
+from dape_training.files import whole_file, write_json
 from dape_training.loss import linear_cross_entropy
 
 logger = logging.getLogger(__name__)
 VALIDATION_BATCHES = 20
 METRICS = "metrics.jsonl"
+RESULT = "result.json"
 
 
 class NextTokenLoss(nn.Module):
@@ -86,16 +94,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def train(config: TrainingConfig, folder: Path) -> None:
+def train(
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    shared: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
     """Train the model of `config`, resuming from `folder` where it holds a checkpoint.
 
-    Writes `checkpoint/`, `metrics.jsonl`, tensorboard events and the model folder `model/` with its card.
+    Args:
+        config: the settings; the number of steps may be raised between calls.
+        folder: the run folder.
+        shared: where the tokenizer and the tokens are kept; by default in the run folder.
+        stop: asked after every step; on True the run saves a checkpoint and ends.
+
+    Returns:
+        Whether all steps are done.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     set_seed(config.seed)
-    tokenizer, tokens, validation = _prepare_data(config, folder, accelerator)
+    with accelerator.main_process_first():
+        tokenizer, tokens, validation = prepare_data(config, shared or folder)
     settings = config.model
     if settings.position.kind == "bipe" and not settings.position.segment_tokens:
         settings = settings.with_position(segment_tokens=segment_tokens(tokenizer))
@@ -106,11 +128,16 @@ def train(config: TrainingConfig, folder: Path) -> None:
         parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, eps=1e-8
     )
     loss_module, optimizer = accelerator.prepare(loss_module, optimizer)
-    step = _resume(accelerator, folder)
+    begun = checkpoint.resume(accelerator, folder)
+    if begun.step:
+        logger.info("resuming after step %d", begun.step)
+    step = begun.step
+    started = time.monotonic()
     batches = training_batches(tokens, config.model.train_length, config.batch_size, config.seed, step)
-    log = RunLog(folder, config, accelerator.is_main_process)
+    log = RunLog(folder, config, step, accelerator.is_main_process)
+    stopped = False
     with log:
-        while step < config.steps:
+        while step < config.steps and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             windows = next(batches)[accelerator.process_index :: accelerator.num_processes]
@@ -123,52 +150,58 @@ def train(config: TrainingConfig, folder: Path) -> None:
             log.step(step, float(loss.detach()), float(norm), learning_rate(config, step - 1))
             if step % config.validate_every == 0 or step == config.steps:
                 log.validation(step, _validation_loss(loss_module, validation, accelerator))
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                accelerator.save_state(str(folder / "checkpoint"), safe_serialization=True)
+            # The processes of a run have to agree.
+            asked = torch.tensor(float(stop()), device=accelerator.device)
+            stopped = bool(accelerator.reduce(asked, "sum"))
+            if step % config.checkpoint_every == 0 or step == config.steps or stopped:
+                # The model comes first: the checkpoint of the last step says that both are there.
                 if accelerator.is_main_process:
-                    (folder / "checkpoint" / "step").write_text(str(step))
                     save_model_folder(folder / "model", model, tokenizer)
-    if accelerator.is_main_process:
+                done = Progress(step, begun.seconds + time.monotonic() - started)
+                checkpoint.save(accelerator, folder, done)
+    finished = step >= config.steps
+    if finished and accelerator.is_main_process:
         write_model_card(folder / "model", config, folder / METRICS)
+        _write_result(folder, config, model)
+    return finished
 
 
-def _prepare_data(
-    config: TrainingConfig, folder: Path, accelerator: Accelerator
-) -> tuple[Tokenizer, np.ndarray, list[Tensor]]:
-    """Return the tokenizer, the training tokens and the validation windows, cached in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with accelerator.main_process_first():
-        documents = read_documents(config.train_data)
-        saved = folder / "tokenizer.json"
-        if config.tokenizer is not None:
-            tokenizer = Tokenizer.from_file(str(config.tokenizer))
-        elif saved.exists():
-            tokenizer = Tokenizer.from_file(str(saved))
-        else:
-            logger.info("training the tokenizer on %d documents", len(documents))
-            tokenizer = train_tokenizer(documents, config.model.vocab_size)
-            tokenizer.save(str(saved))
+def prepare_data(config: TrainingConfig, folder: Path) -> tuple[Tokenizer, np.ndarray, list[Tensor]]:
+    """Return tokenizer, training tokens and validation windows; tokenizer and tokens are kept in `folder`."""
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.from_file(str(config.tokenizer))
+    else:
+        tokenizer = saved_tokenizer(config.train_data, config.model.vocab_size, folder)
     if tokenizer.get_vocab_size() > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.get_vocab_size()} entries, "
             f"above model.vocab_size {config.model.vocab_size}"
         )
-    tokens = tokenize_documents(documents, tokenizer)
-    valid_tokens = tokenize_documents(read_documents(config.valid_data), tokenizer)
+    tokens, valid_tokens = (
+        saved_tokens(data, tokenizer, folder) for data in (config.train_data, config.valid_data)
+    )
     logger.info("%d training tokens, %d validation tokens", len(tokens), len(valid_tokens))
     length = config.model.train_length
     return tokenizer, tokens, validation_batches(valid_tokens, length, config.batch_size, VALIDATION_BATCHES)
 
 
-def _resume(accelerator: Accelerator, folder: Path) -> int:
-    """Load the last checkpoint, if there is one, and return the number of steps done."""
-    mark = folder / "checkpoint" / "step"
-    if not mark.exists():
-        return 0
-    accelerator.load_state(str(folder / "checkpoint"))
-    step = int(mark.read_text())
-    logger.info("resuming after step %d", step)
-    return step
+def _write_result(folder: Path, config: TrainingConfig, model: nn.Module) -> None:
+    """Write `result.json`, which says that the run is finished."""
+    losses = [
+        line["validation_loss"]
+        for line in map(json.loads, (folder / METRICS).read_text().splitlines())
+        if "validation_loss" in line
+    ]
+    write_json(
+        folder / RESULT,
+        {
+            "steps": config.steps,
+            "tokens": config.steps * config.batch_size * config.model.train_length,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "seconds": checkpoint.last_progress(folder).seconds,
+            "validation_loss": losses[-1],
+        },
+    )
 
 
 @torch.no_grad()
@@ -180,9 +213,10 @@ def _validation_loss(loss_module: nn.Module, batches: list[Tensor], accelerator:
 class RunLog:
     """Progress bar, tensorboard and `metrics.jsonl` of one run."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, enabled: bool):
+    def __init__(self, folder: Path, config: TrainingConfig, first_step: int, enabled: bool):
         self.folder = folder
         self.config = config
+        self.first_step = first_step
         self.enabled = enabled
         self.started = time.monotonic()
         self.done = 0
@@ -190,17 +224,35 @@ class RunLog:
     def __enter__(self) -> RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, disable=not self.enabled)
-        self.task = self.progress.add_task("training", total=self.config.steps)
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeRemainingColumn(),
+        )
+        self.progress = bars.Progress(*columns, disable=not self.enabled)
+        self.task = self.progress.add_task("training", total=self.config.steps, completed=self.first_step)
         self.progress.start()
-        self.writer = SummaryWriter(str(self.folder / "tensorboard")) if self.enabled else None
+        self.writer = None
+        if self.enabled:
+            self._forget_later_steps()
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first_step + 1)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
         if self.writer is not None:
             self.writer.close()
+
+    def _forget_later_steps(self) -> None:
+        """Drop what an earlier process wrote after its last checkpoint: those steps are taken again."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        # A line that was cut short has no line end.
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with whole_file(path) as new:
+            new.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.first_step))
 
     def step(self, step: int, loss: float, norm: float, rate: float) -> None:
         """Record one optimiser step."""

@@ -1,14 +1,16 @@
-"""`dape train`: train a model from a YAML file; called again, it goes on where it stopped."""
+"""`dape train`: train a model or a sweep of models; called again, it goes on where it stopped."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 from dape_engine.errors import SettingsError
 
@@ -16,41 +18,120 @@ from dape_engine.errors import SettingsError
 @click.command()
 @click.option(
     "--config",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Model, data and optimiser: see configs/.",
+    help="Model, data and optimiser of one run: see configs/.",
+)
+@click.option(
+    "--sweep",
+    "sweep_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Several runs in one file: see configs/experiments/.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Run folder; a checkpoint in it is resumed. [default: runs/<name of the config>]",
+    help="Run folder; a checkpoint in it is resumed. Of a sweep: the folder with one folder for each run. "
+    "[default: runs/<name of the file>]",
 )
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Replace a setting of the file, e.g. --set steps=100; may be given several times.",
+    help="Replace a setting of the file (of a sweep: of its base), e.g. --set steps=100; may be given several"
+    " times.",
 )
-def train(config: Path, out: Path | None, overrides: tuple[str, ...]) -> None:
-    """Train a model on JSON Lines text, with checkpoints, tensorboard events and a progress bar."""
+@click.option(
+    "--corpus",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="DAPE_CORPUS",
+    default=Path(),
+    help="Where relative data paths of a sweep start. [default: the current folder]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Runs of a sweep that are trained side by side.",
+)
+@click.option("--status", is_flag=True, help="Show how far the runs of a sweep are, and train nothing.")
+def train(
+    config: Path | None,
+    sweep_file: Path | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    corpus: Path,
+    workers: int,
+    status: bool,
+) -> None:
+    """Train a model on JSON Lines text, with checkpoints, tensorboard events and a progress bar.
+
+    With --sweep: train every run of a file, each in its own folder <out>/<data set>/<run>/seed-<n>, the most
+    important first. Asked to end (SIGTERM or Ctrl-C), runs save a checkpoint.
+    """
+    path = config or sweep_file
+    if path is None or (config and sweep_file):
+        raise SettingsError("expected --config or --sweep, and not both")
     try:
-        from dape_training.config import load_training_config
-        from dape_training.trainer import train as run
+        import dape_training.trainer  # noqa: F401
     except ImportError as error:
         raise SettingsError(
             f"training needs the extra packages: pip install 'dape-serve[train]' ({error})"
         ) from error
     # A line for every file of every checkpoint would bury the losses.
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    settings = dict(_parse(item) for item in overrides)
+    folder = out or Path("runs") / path.stem
     try:
-        settings = load_training_config(config, dict(_parse(item) for item in overrides))
-        run(settings, out or Path("runs") / config.stem)
+        if config is not None:
+            _train_config(config, folder, settings)
+        else:
+            _train_sweep(path, folder, corpus, settings, workers, status)
     except ValidationError as error:
         first = error.errors()[0]
-        raise SettingsError(f"{config}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise SettingsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{config}: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _train_config(path: Path, folder: Path, settings: dict[str, Any]) -> None:
+    from dape_training.config import load_training_config
+    from dape_training.stopping import StopSignals
+    from dape_training.trainer import train as run
+
+    with StopSignals() as stop:
+        finished = run(load_training_config(path, settings), folder, stop=stop)
+    if not finished:
+        _say_stopped()
+
+
+def _train_sweep(
+    path: Path, folder: Path, corpus: Path, settings: dict[str, Any], workers: int, status: bool
+) -> None:
+    from dape_server.cli.sweep_status import status_table
+    from dape_training.sweep import load_sweep, plan
+    from dape_training.sweep_workers import train_jobs
+
+    sweep = load_sweep(path)
+    jobs = plan(sweep, folder, corpus, settings)
+    Console().print(status_table(sweep, jobs))
+    if status:
+        return
+    failed = train_jobs(jobs, workers)
+    if failed:
+        raise SettingsError(
+            f"{len(failed)} of {len(jobs)} runs failed, the first is {failed[0].name}: "
+            f"see train.log in {failed[0].folder}"
+        )
+    if not all(job.finished for job in jobs):
+        _say_stopped()
+
+
+def _say_stopped() -> None:
+    """End with an exit code that keeps scripts from going on as if all were done."""
+    click.echo("dape: stopped at a checkpoint; the same command goes on from there", err=True)
+    sys.exit(1)
 
 
 def _parse(item: str) -> tuple[str, Any]:
