@@ -39,7 +39,7 @@ def dape(*arguments: str, **more: Any) -> Result:
 
 def test_help_lists_every_command() -> None:
     result = dape("--help")
-    for name in ("serve", "generate", "score", "evaluate", "train", "che", "bench", "backends"):
+    for name in ("serve", "generate", "score", "evaluate", "train", "che", "visualize", "bench", "backends"):
         assert f"  {name} " in result.output
 
 

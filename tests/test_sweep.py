@@ -20,7 +20,7 @@ from dape_engine.weights import load_config
 from dape_server.cli.sweep_status import status_table
 from dape_server.cli.train import train
 from dape_training import checkpoint
-from dape_training.checkpoint import Progress, last_progress
+from dape_training.run_folder import Progress, last_progress
 from dape_training.sweep import Job, load_sweep, plan
 from dape_training.sweep_workers import train_jobs
 from dape_training.trainer import train as train_trainer

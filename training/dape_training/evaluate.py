@@ -13,7 +13,7 @@ from typing import Any
 
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import RequestError
-from dape_engine.request import ScoreRequest
+from dape_engine.request import ScoreRequest, Window
 from dape_engine.scoring import covering
 
 
@@ -64,6 +64,43 @@ def choose_ends(num_tokens: int, longest: int, count: int) -> list[int]:
     return sorted({longest + room * (index + 1) // count for index in range(count)})
 
 
+def choose_targets(
+    documents: Sequence[Sequence[int]], lengths: Sequence[int], ends_per_document: int, score_last: int
+) -> list[tuple[int, int]]:
+    """Return (index of a document, end) for every end; documents too short for all lengths have none.
+
+    Raises:
+        RequestError: no document is long enough.
+    """
+    # The windows of a short length that reach back to cover all targets may begin a little earlier.
+    longest = max(*lengths, min(lengths) + score_last)
+    found = [
+        (index, end)
+        for index, document in enumerate(documents)
+        for end in choose_ends(len(document), longest, ends_per_document)
+    ]
+    if not found:
+        raise RequestError(f"no document has {longest} tokens", param="lengths")
+    return found
+
+
+async def score_end(
+    engine: AsyncEngine, document: Sequence[int], end: int, length: int, score_last: int
+) -> float:
+    """Return the mean negative log-probability of the last tokens before an end with so much context."""
+    windows = covering(end, length, score_last)
+    request = ScoreRequest(f"end-{end}-{length}", tuple(document), windows)
+    logprobs = [logprob async for scores in engine.score(request) for logprob in scores.logprobs]
+    return -math.fsum(logprobs) / score_last
+
+
+async def score_positions(engine: AsyncEngine, document: Sequence[int], end: int, length: int) -> list[float]:
+    """Return the log-probability of every token but the first of the `length` tokens before an end."""
+    window = Window(end - length, end, end - length + 1)
+    request = ScoreRequest(f"positions-{end}", tuple(document), (window,))
+    return [logprob async for scores in engine.score(request) for logprob in scores.logprobs]
+
+
 async def evaluate_lengths(
     engine: AsyncEngine,
     documents: Sequence[Sequence[int]],
@@ -89,37 +126,30 @@ async def evaluate_lengths(
         RequestError: no document is long enough.
     """
     lengths = sorted(lengths)
-    # The windows of a short length that reach back to cover all targets may begin a little earlier.
-    longest = max(lengths[-1], lengths[0] + score_last)
-    ends = [(d, end) for d in documents for end in choose_ends(len(d), longest, ends_per_document)]
-    if not ends:
-        raise RequestError(f"no document has {longest} tokens", param="lengths")
+    targets = choose_targets(documents, lengths, ends_per_document, score_last)
     samples: dict[int, list[float]] = {length: [] for length in lengths}
-    done, total = 0, len(ends) * sum(lengths)
-    for number, (document, end) in enumerate(ends):
+    done, total = 0, len(targets) * sum(lengths)
+    for index, end in targets:
         for length in lengths:
-            windows = covering(end, length, score_last)
-            request = ScoreRequest(f"end-{number}-{length}", tuple(document), windows)
-            logprobs = [logprob async for scores in engine.score(request) for logprob in scores.logprobs]
-            samples[length].append(-math.fsum(logprobs) / score_last)
+            samples[length].append(await score_end(engine, documents[index], end, length, score_last))
             done += length
             if progress is not None:
                 progress(done, total)
     reference = change_from if change_from in samples else lengths[0]
     results = []
     for length in lengths:
-        mean, error = _mean_and_error(samples[length])
+        mean, error = mean_and_error(samples[length])
         differences = [a - b for a, b in zip(samples[length], samples[reference], strict=True)]
-        scored = len(ends) * score_last
+        scored = len(targets) * score_last
         results.append(
             LengthResult(
-                length, scored, mean, math.exp(mean) * error, reference, *_mean_and_error(differences)
+                length, scored, mean, math.exp(mean) * error, reference, *mean_and_error(differences)
             )
         )
     return results
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error (0 for a single value)."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:

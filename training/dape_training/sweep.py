@@ -16,10 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dape_engine.errors import SettingsError
-from dape_training.checkpoint import last_progress
 from dape_training.config import TrainingConfig
 from dape_training.files import write_json
-from dape_training.trainer import RESULT
+from dape_training.run_folder import RESULT, last_progress
 
 SETTINGS = "settings.json"
 # These may change between two processes of one run, or say where a machine keeps its files.

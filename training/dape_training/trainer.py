@@ -26,7 +26,6 @@ from dape_engine.weights import save_model_folder
 from dape_kernels.dense import dense_attention
 from dape_training import checkpoint
 from dape_training.card import write_model_card
-from dape_training.checkpoint import Progress
 from dape_training.config import TrainingConfig
 from dape_training.data import (
     saved_tokenizer,
@@ -37,11 +36,10 @@ from dape_training.data import (
 )
 from dape_training.files import whole_file, write_json
 from dape_training.loss import linear_cross_entropy
+from dape_training.run_folder import METRICS, RESULT, Progress, last_progress
 
 logger = logging.getLogger(__name__)
 VALIDATION_BATCHES = 20
-METRICS = "metrics.jsonl"
-RESULT = "result.json"
 
 
 class NextTokenLoss(nn.Module):
@@ -198,7 +196,7 @@ def _write_result(folder: Path, config: TrainingConfig, model: nn.Module) -> Non
             "steps": config.steps,
             "tokens": config.steps * config.batch_size * config.model.train_length,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "seconds": checkpoint.last_progress(folder).seconds,
+            "seconds": last_progress(folder).seconds,
             "validation_loss": losses[-1],
         },
     )

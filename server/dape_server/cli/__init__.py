@@ -1,4 +1,4 @@
-"""The `dape` command: serve, generate, score, evaluate, train, che, bench, backends."""
+"""The `dape` command: serve, generate, score, evaluate, train, che, visualize, bench, backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 
 from dape_engine.errors import DapeError
 
-COMMANDS = ("serve", "generate", "score", "evaluate", "train", "che", "bench", "backends")
+COMMANDS = ("serve", "generate", "score", "evaluate", "train", "che", "visualize", "bench", "backends")
 
 
 class LazyGroup(click.Group):

@@ -1,4 +1,4 @@
-"""`dape evaluate`: perplexity by context length on a corpus, for one or several models."""
+"""`dape evaluate`: perplexity by context length on a corpus, for one or several models or for a sweep."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from rich.table import Table
 from dape_engine.errors import SettingsError
 from dape_engine.options import EngineOptions
 from dape_engine.weights import DEFAULT_MODEL, resolve_model
+from dape_server.cli.evaluate_sweep import evaluate_sweep, sweep_options
 from dape_server.cli.model import running_engine
 from dape_server.cli.options import config_option, settings_options
-from dape_server.cli.report import Work, default_lengths, parse_lengths, plot_lengths
+from dape_server.cli.report import LENGTHS, Work, default_lengths, parse_lengths, plot_lengths
 from dape_training.data import read_documents
 from dape_training.evaluate import LengthResult, evaluate_lengths
+from dape_training.sweep_evaluate import Protocol
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL...]")
 @click.option(
     "--data",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help='JSON Lines, .xz or plain, with a "text" field per document.',
 )
+@sweep_options
 @click.option("--lengths", help="Context lengths in tokens. [default: 128,256,...,16384]")
 @click.option("--ends", type=click.IntRange(1), default=3, show_default=True, help="Ends per document.")
 @click.option("--score-last", type=click.IntRange(1), default=256, show_default=True)
@@ -42,7 +44,11 @@ from dape_training.evaluate import LengthResult, evaluate_lengths
 @settings_options(EngineOptions)
 def evaluate(
     models: tuple[str, ...],
-    data: Path,
+    data: Path | None,
+    sweep: Path | None,
+    runs: Path | None,
+    corpus: Path,
+    collect: Path | None,
     lengths: str | None,
     ends: int,
     score_last: int,
@@ -51,7 +57,18 @@ def evaluate(
     plot: Path | None,
     **options: Any,
 ) -> None:
-    """Measure perplexity by context length, scoring the same tokens at every length."""
+    """Measure perplexity by context length, scoring the same tokens at every length.
+
+    With --sweep: every finished run of a sweep, each once; the numbers stay in the run's folder.
+    """
+    if sweep is not None:
+        if data or models or documents or json_path or plot:
+            raise SettingsError("--sweep takes data and models from its file and --runs; leave them out")
+        protocol = Protocol(tuple(parse_lengths(lengths)) if lengths else LENGTHS, ends, score_last)
+        evaluate_sweep(sweep, runs, corpus, collect, protocol, options)
+        return
+    if data is None:
+        raise SettingsError("expected --data FILE, or --sweep FILE")
     try:
         texts = read_documents(data)[:documents]
     except (OSError, ValueError, KeyError) as error:

@@ -7,7 +7,7 @@ from statistics import mean
 
 from rich.table import Table
 
-from dape_training.checkpoint import last_progress
+from dape_training.run_folder import last_progress
 from dape_training.sweep import Job, Sweep
 
 

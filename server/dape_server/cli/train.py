@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 import yaml
-from pydantic import ValidationError
 from rich.console import Console
 
 from dape_engine.errors import SettingsError
+from dape_server.cli.sweep_file import corpus_option, settings_errors
 
 
 @click.command()
@@ -41,13 +41,7 @@ from dape_engine.errors import SettingsError
     help="Replace a setting of the file (of a sweep: of its base), e.g. --set steps=100; may be given several"
     " times.",
 )
-@click.option(
-    "--corpus",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    envvar="DAPE_CORPUS",
-    default=Path(),
-    help="Where relative data paths of a sweep start. [default: the current folder]",
-)
+@corpus_option
 @click.option(
     "--workers",
     type=click.IntRange(1),
@@ -83,16 +77,11 @@ def train(
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     settings = dict(_parse(item) for item in overrides)
     folder = out or Path("runs") / path.stem
-    try:
+    with settings_errors(path):
         if config is not None:
             _train_config(config, folder, settings)
         else:
             _train_sweep(path, folder, corpus, settings, workers, status)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _train_config(path: Path, folder: Path, settings: dict[str, Any]) -> None:

@@ -1,0 +1,162 @@
+"""Figures on white, SVG, PNG or PDF by the suffix of the file: biases of one query, curves by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dape_engine.errors import SettingsError
+from dape_engine.inspection import LayerBias
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = (".svg", ".png", ".pdf")
+# Bins of the keys in a figure of biases: each shows the mean and the spread within it.
+BINS = 96
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a plot over lengths or positions."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float] | None = None
+    """Standard errors of y."""
+    dashed: bool = False
+    color: int = 0
+    """Lines of one number share a colour."""
+
+
+def check_suffix(path: Path, option: str) -> None:
+    """Refuse a picture format that is not written.
+
+    Raises:
+        SettingsError: names the option and the suffixes.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise SettingsError(f"{option} {path}: expected a file that ends with {', '.join(SUFFIXES)}")
+
+
+def draw_biases(path: Path, title: str, query: int, keys: Sequence[int], layers: Sequence[LayerBias]) -> None:
+    """Draw what one query adds to its scores: a row for each layer, static bias left, adapted bias right.
+
+    The two sides have scales of their own. Every head is a line through the means of neighbouring keys; the
+    shade around it holds the middle 80 % of them, since the adapted bias also depends on what the keys say.
+    """
+    with _figure(path, title, len(layers), 2, size=(10, 0.6 + 2.6 * len(layers)), sharex=True) as grid:
+        groups = np.array_split(np.arange(len(keys)), min(BINS, len(keys)))
+        middles = [float(np.mean([keys[index] for index in group])) for group in groups]
+        for row, (axes, layer) in enumerate(zip(grid, layers, strict=True)):
+            for column, (part, name) in enumerate(
+                ((layer.static_bias, "static bias B"), (layer.adapted_bias, "adapted bias B + f(A, B)"))
+            ):
+                axis = axes[column]
+                for head, values in enumerate(part):
+                    _draw_head(axis, middles, groups, values, head)
+                axis.set_title(f"layer {layer.layer}: {name}", fontsize=10)
+                axis.axhline(0, color="black", linewidth=0.5)
+                axis.grid(alpha=0.3)
+                if row == len(layers) - 1:
+                    axis.set_xlabel("key position")
+            axes[0].set_ylabel(f"bias of query {query} (nats)")
+        grid[0][1].legend(title="head", fontsize=8, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_curves(
+    path: Path,
+    title: str,
+    panels: Sequence[tuple[str, Sequence[Curve]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    mark: float | None = None,
+    top: float | None = None,
+) -> None:
+    """Draw panels of curves side by side over a logarithmic axis.
+
+    Args:
+        path: of the picture.
+        title: above all.
+        panels: (title, curves) of each.
+        xlabel: of every panel.
+        ylabel: of the first.
+        mark: where a vertical line stands, e.g. the train length.
+        top: values above it are cut off.
+    """
+    with _figure(path, title, 1, len(panels), size=(5.2 * len(panels) + 1.5, 4.2)) as grid:
+        for axis, (name, curves) in zip(grid[0], panels, strict=True):
+            for curve in curves:
+                style = {"linestyle": "--" if curve.dashed else "-", "color": f"C{curve.color % 10}"}
+                axis.errorbar(
+                    curve.x,
+                    curve.y,
+                    curve.errors,
+                    label=curve.label,
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    **style,
+                )
+            axis.set_xscale("log", base=2)
+            ticks = sorted({x for curve in curves for x in curve.x})
+            ticks = [tick for tick in ticks if float(np.log2(tick)).is_integer()] or ticks
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, fontsize=8)
+            axis.minorticks_off()
+            if top is not None:
+                axis.set_ylim(top=min(top, axis.get_ylim()[1]))
+            if mark is not None:
+                axis.axvline(mark, color="grey", linewidth=0.8, linestyle=":")
+            axis.set(title=name, xlabel=xlabel)
+            axis.grid(alpha=0.3)
+        grid[0][0].set_ylabel(ylabel)
+        grid[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _draw_head(
+    axis: Axes, middles: Sequence[float], groups: Sequence[NDArray[np.int64]], values: NDArray[Any], head: int
+) -> None:
+    color = f"C{head % 10}"
+    low, high = zip(*(np.quantile(values[group], (0.1, 0.9)) for group in groups), strict=True)
+    axis.fill_between(middles, low, high, color=color, alpha=0.15, linewidth=0)
+    axis.plot(
+        middles, [values[group].mean() for group in groups], color=color, linewidth=1.2, label=str(head)
+    )
+
+
+@contextmanager
+def _figure(
+    path: Path, title: str, rows: int, columns: int, *, size: tuple[float, float], **options: Any
+) -> Iterator[Any]:
+    """Yield the grid of axes and save the figure at the end of the block.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    # The same numbers give the same file.
+    with mpl.rc_context({"svg.hashsalt": "dape", "svg.fonttype": "none"}):
+        figure, grid = pyplot.subplots(
+            rows, columns, figsize=size, layout="constrained", squeeze=False, **options
+        )
+        try:
+            figure.suptitle(title)
+            yield grid
+            metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+            figure.savefig(path, dpi=120, metadata=metadata, facecolor="white")
+        except OSError as error:
+            raise SettingsError(f"cannot write the picture {path}: {error.strerror or error}") from error
+        finally:
+            pyplot.close(figure)
