@@ -10,7 +10,7 @@ LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-clients test-all sanitize load-test lint format bench clean
+.PHONY: help serve test test-clients test-all sanitize load-test lint format bench experiments clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -71,6 +71,15 @@ bench: $(VENV)/.serve ## measure kernels, engine and server on this machine
 	$(BIN)/dape bench kernels --json benchmarks/results/kernels.json
 	$(BIN)/dape bench engine --json benchmarks/results/engine.json $(ARGS)
 	$(BIN)/dape bench serve --json benchmarks/results/serve.json
+
+SWEEP ?= train128
+CORPUS ?= corpus
+WORKERS ?= 2
+experiments: $(VENV)/.dev ## train and score the runs of configs/experiments/$(SWEEP).yaml on $(CORPUS); fill docs/results.md
+	$(BIN)/dape train --sweep configs/experiments/$(SWEEP).yaml --corpus $(CORPUS) --out runs/$(SWEEP) --workers $(WORKERS)
+	$(BIN)/dape evaluate --sweep configs/experiments/$(SWEEP).yaml --corpus $(CORPUS) --runs runs/$(SWEEP) \
+		--ends 2 --dtype bfloat16 --collect docs/results $(ARGS)
+	$(BIN)/python benchmarks/update_results.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

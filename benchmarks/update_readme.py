@@ -8,11 +8,11 @@ bench engine --json`), engine-llama.cpp.json (the same with `--dtype bfloat16 --
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from dape_engine.weights import SHIPPED
+from dape_training.markdown import fill, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,24 +22,18 @@ def main() -> None:
     for name, entries in results["models"].items():
         update_card(SHIPPED / name / "README.md", {**results, "models": {name: entries}})
     readme = REPOSITORY / "README.md"
-    text = replace(readme.read_text(), "results", extrapolation(results))
-    text = replace(text, "speed", speed(read("benchmarks/results/engine.json")))
-    text = replace(text, "peer", beside_peer(read("benchmarks/results/engine-llama.cpp.json")))
+    text = fill(readme.read_text(), "results", extrapolation(results))
+    text = fill(text, "speed", speed(read("benchmarks/results/engine.json")))
+    text = fill(text, "peer", beside_peer(read("benchmarks/results/engine-llama.cpp.json")))
     readme.write_text(text)
     page = REPOSITORY / "docs/load_testing.md"
-    text = replace(page.read_text(), "serve", serving(read("benchmarks/results/serve.json")))
-    page.write_text(replace(text, "load", phases(read("benchmarks/results/load.json"))))
+    text = fill(page.read_text(), "serve", serving(read("benchmarks/results/serve.json")))
+    page.write_text(fill(text, "load", phases(read("benchmarks/results/load.json"))))
 
 
 def read(path: str) -> Any:
     """Return the JSON of a file of this repository."""
     return json.loads((REPOSITORY / path).read_text())
-
-
-def replace(text: str, name: str, table: str) -> str:
-    """Put a table between the markers of a section."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)
 
 
 def update_card(card: Path, results: Any) -> None:
@@ -55,12 +49,6 @@ def update_card(card: Path, results: Any) -> None:
     card.write_text(f"{text}{heading}\n{note}\n{extrapolation(results)}\n")
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """Return a table with the first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def extrapolation(results: Any) -> str:
     """Return perplexity and its change by length, two columns for each model."""
     models: dict[str, list[Any]] = results["models"]
@@ -74,7 +62,7 @@ def extrapolation(results: Any) -> str:
             cells.append(f"{entry['perplexity']:.2f} ± {entry['stderr']:.2f}")
             cells.append(f"{entry['change']:+.4f} ± {entry['change_stderr']:.4f}")
         rows.append(cells)
-    return markdown(header, rows)
+    return table(header, rows)
 
 
 def speed(results: Any) -> str:
@@ -93,7 +81,7 @@ def speed(results: Any) -> str:
     starts = [figures.get("seconds_to_first_token") for figures in models.values()]
     if None not in starts:
         rows.append(["`dape serve`, start to first token", *(f"{seconds:.1f} s" for seconds in starts)])
-    return f"{circumstances(results)}\n\n" + markdown(["", *models], rows)
+    return f"{circumstances(results)}\n\n" + table(["", *models], rows)
 
 
 def beside_peer(results: Any) -> str:
@@ -112,7 +100,7 @@ def beside_peer(results: Any) -> str:
                 cells += [f"{speed:,.0f}" for speed in speeds]
                 cells.append(f"{peer['engine_over_peer'][group][case]:.1f}")
             rows.append(cells)
-    return f"{circumstances(results)}\n\n" + markdown(header, rows)
+    return f"{circumstances(results)}\n\n" + table(header, rows)
 
 
 def serving(results: Any) -> str:
@@ -156,7 +144,7 @@ def serving(results: Any) -> str:
         for figures in models.values():
             cells += [rounded(pick(figures)), *(["", ""] if "peer" in figures else [])]
         rows.append(cells)
-    return f"{circumstances(results)}\n\n" + markdown(header, rows)
+    return f"{circumstances(results)}\n\n" + table(header, rows)
 
 
 def phases(results: Any) -> str:
@@ -187,7 +175,7 @@ def phases(results: Any) -> str:
         extras += [
             f"{phase}: {name.replace('_', ' ')} {rounded(value)}" for name, value in result["extra"].items()
         ]
-    return markdown(header, rows) + "\n\nTimes are p50 / p95 / p99. Besides: " + "; ".join(extras) + "."
+    return table(header, rows) + "\n\nTimes are p50 / p95 / p99. Besides: " + "; ".join(extras) + "."
 
 
 def rounded(value: float | None, scale: float = 1) -> str:

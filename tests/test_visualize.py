@@ -96,5 +96,5 @@ def test_every_head_is_a_line_through_the_means_of_its_keys(
 def test_curves_end_at_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "curves.svg"
     panels = [("books", [Curve("a", (128, 256), (3.0, 4.0), (0.1, 0.2)), Curve("b", (128,), (5.0,))])]
-    draw_curves(path, "title", panels, xlabel="context", ylabel="perplexity", mark=128, top=100)
+    draw_curves(path, "title", panels, xlabel="context", ylabel="perplexity", mark=128, highest=2)
     assert all(word in path.read_text() for word in ("title", "books", "context", "perplexity", ">256<"))

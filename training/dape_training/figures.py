@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def draw_curves(
     xlabel: str,
     ylabel: str,
     mark: float | None = None,
-    top: float | None = None,
+    highest: float | None = None,
 ) -> None:
     """Draw panels of curves side by side over a logarithmic axis.
 
@@ -90,7 +91,7 @@ def draw_curves(
         xlabel: of every panel.
         ylabel: of the first.
         mark: where a vertical line stands, e.g. the train length.
-        top: values above it are cut off.
+        highest: what is above this multiple of the lowest value of a panel is cut off.
     """
     with _figure(path, title, 1, len(panels), size=(5.2 * len(panels) + 1.5, 4.2)) as grid:
         for axis, (name, curves) in zip(grid[0], panels, strict=True):
@@ -107,18 +108,26 @@ def draw_curves(
                     **style,
                 )
             axis.set_xscale("log", base=2)
-            ticks = sorted({x for curve in curves for x in curve.x})
-            ticks = [tick for tick in ticks if float(np.log2(tick)).is_integer()] or ticks
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45, fontsize=8)
-            axis.minorticks_off()
-            if top is not None:
-                axis.set_ylim(top=min(top, axis.get_ylim()[1]))
+            _limit(axis, curves, highest)
             if mark is not None:
                 axis.axvline(mark, color="grey", linewidth=0.8, linestyle=":")
             axis.set(title=name, xlabel=xlabel)
             axis.grid(alpha=0.3)
         grid[0][0].set_ylabel(ylabel)
-        grid[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        grid[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
+
+
+def _limit(axis: Axes, curves: Sequence[Curve], highest: float | None) -> None:
+    """Label the powers of two that the curves span, and cut off what is far above the lowest value."""
+    places = [x for curve in curves for x in curve.x] or [1]
+    octaves = range(math.ceil(math.log2(min(places))), math.floor(math.log2(max(places))) + 1)
+    axis.set_xticks([2**octave for octave in octaves], [str(2**octave) for octave in octaves])
+    axis.tick_params(axis="x", labelrotation=45, labelsize=8)
+    axis.minorticks_off()
+    if highest is not None and curves:
+        lowest = min(y for curve in curves for y in curve.y)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, 0.97 * lowest), min(high, highest * lowest))
 
 
 def _draw_head(

@@ -37,6 +37,8 @@ class Protocol:
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     ends_per_document: int = 2
     score_last: int = 256
+    dtype: str = "auto"
+    """Of the engine's weights and products."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def collect_results(
             "heads": config.model.num_attention_heads,
             "vocabulary": config.model.vocab_size,
             **{name: scored[0].job.result[name] for name in ("steps", "tokens")},
+            "key_runs": [run for run, settings in sweep.runs.items() if len(settings.seeds) > 1],
             "runs_planned": len(own),
             "runs_scored": sum(not evaluation.yarn for evaluation in scored),
             "targets": json.loads(scored[0].path.read_text())["targets"],

@@ -71,7 +71,7 @@ def measure_model(
         figures["peak_rss_mib"][str(length)] = peak >> 20
         figures["peak_rss_without_cache_mib"][str(length)] = (peak - cache) >> 20
     each = max(plan.decode_streams) * (plan.decode_tokens + 2 * options.block_size)
-    with EngineProcess(folder, _with_room(folder, options, max(plan.decode_contexts) + each)) as engine:
+    with EngineProcess(folder, with_room(folder, options, max(plan.decode_contexts) + each)) as engine:
         figures["attention_backend"] = engine.run(tasks.backend_name)
         for context in plan.decode_contexts:
             for streams in plan.decode_streams:
@@ -80,7 +80,7 @@ def measure_model(
                 contestants = {ENGINE: partial(engine.run, tasks.decode, *case)}
                 if peer is not None:
                     contestants[peer.name] = partial(peer.decode, *case)
-                speeds["decode"][f"{streams} x {context}"] = _rounds(contestants, plan)
+                speeds["decode"][f"{streams} x {context}"] = rounds(contestants, plan)
     return figures | summary(speeds, peer.name if peer is not None else None, plan.busy_neighbour)
 
 
@@ -121,7 +121,7 @@ def _measure_prefill(
     """Return the speeds, and peak memory and cache of one prompt in bytes."""
     seeds = count()
     memory: list[tuple[int, int]] = []
-    with EngineProcess(folder, _with_room(folder, options, length + WARM_UP_TOKENS)) as engine:
+    with EngineProcess(folder, with_room(folder, options, length + WARM_UP_TOKENS)) as engine:
 
         def prefill() -> float:
             speed = engine.run(tasks.prefill, length, next(seeds))
@@ -132,12 +132,12 @@ def _measure_prefill(
         contestants: dict[str, Callable[[], float]] = {ENGINE: prefill}
         if peer is not None:
             contestants[peer.name] = partial(peer.prefill, length)
-        speeds = _rounds(contestants, plan)
+        speeds = rounds(contestants, plan)
     # Later prompts may fill further blocks of the cache.
     return speeds, memory[0]
 
 
-def _rounds(contestants: Mapping[str, Callable[[], float]], plan: Plan) -> Speeds:
+def rounds(contestants: Mapping[str, Callable[[], float]], plan: Plan) -> Speeds:
     """Let the contestants take turns."""
     speeds: Speeds = defaultdict(list)
     started = time.monotonic()
@@ -152,7 +152,7 @@ def _rounds(contestants: Mapping[str, Callable[[], float]], plan: Plan) -> Speed
     return speeds
 
 
-def _with_room(folder: Path, options: EngineOptions, tokens: int) -> EngineOptions:
+def with_room(folder: Path, options: EngineOptions, tokens: int) -> EngineOptions:
     """Return options with a cache for so many tokens, in float32 and with a head size padded to 16."""
     config = load_config(folder)
     padded = config.num_attention_heads * -(-config.head_dim // 16) * 16

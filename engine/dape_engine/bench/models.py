@@ -17,7 +17,13 @@ RANDOM_MODELS = {"small": (384, 6, 6, 8192), "125m": (768, 12, 12, 50304)}
 
 def write_random_model(name: str, folder: Path) -> Path:
     """Write a DAPE-Kerple model of one of `RANDOM_MODELS` and return its folder."""
-    hidden, layers, heads, vocabulary = RANDOM_MODELS[name]
+    return write_shape(folder / name, *RANDOM_MODELS[name])
+
+
+def write_shape(
+    folder: Path, hidden: int, layers: int, heads: int, vocabulary: int, *, dape: bool = True
+) -> Path:
+    """Write a Kerple model of some shape, with DAPE or without, and return its folder."""
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -29,9 +35,9 @@ def write_random_model(name: str, folder: Path) -> Path:
         max_model_len=32768,
         dtype="bfloat16",
         position=PositionConfig(kind="kerple"),
-        dape=DapeConfig(width=32),
+        dape=DapeConfig(width=32) if dape else None,
     )
     model = DapeForCausalLM(config)
     initialise(model)
-    save_model_folder(folder / name, model, Tokenizer.from_file(str(resolve_model(DEFAULT_MODEL) / FILE)))
-    return folder / name
+    save_model_folder(folder, model, Tokenizer.from_file(str(resolve_model(DEFAULT_MODEL) / FILE)))
+    return folder

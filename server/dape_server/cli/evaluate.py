@@ -64,7 +64,8 @@ def evaluate(
     if sweep is not None:
         if data or models or documents or json_path or plot:
             raise SettingsError("--sweep takes data and models from its file and --runs; leave them out")
-        protocol = Protocol(tuple(parse_lengths(lengths)) if lengths else LENGTHS, ends, score_last)
+        scored = tuple(parse_lengths(lengths)) if lengths else LENGTHS
+        protocol = Protocol(scored, ends, score_last, options["dtype"] or "auto")
         evaluate_sweep(sweep, runs, corpus, collect, protocol, options)
         return
     if data is None:
