@@ -26,7 +26,8 @@ from dape_training.sweep_workers import train_jobs
 from dape_training.trainer import train as train_trainer
 from models import TEXT
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "configs" / "experiments"
+SWEEPS = sorted(EXPERIMENTS.glob("train*.yaml"))
 
 
 @pytest.fixture
@@ -220,7 +221,7 @@ def run_command(*arguments: str) -> None:
     CliRunner().invoke(train, arguments, catch_exceptions=False, standalone_mode=False)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_shipped_sweep_is_valid(path: Path) -> None:
     jobs = plan(load_sweep(path), Path("out"), Path("corpus"), {})
     assert len({job.folder for job in jobs}) == len(jobs)

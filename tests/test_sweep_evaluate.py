@@ -39,6 +39,7 @@ RUNS: dict[str, Any] = {
         "label": "Learned",
         "model": {"max_model_len": 16, "position": {"kind": "learned", "max_positions": 16}},
     },
+    "rope": {"label": "RoPE", "model": {"position": {"kind": "rope"}}},
     "waiting": {"label": "Not trained", "model": {"position": {"kind": "nope"}}},
 }
 OPTIONS = ("--lengths", "16,64", "--ends", "2", "--score-last", "8", "--kv-cache-memory", "1MiB")
@@ -84,8 +85,9 @@ def test_finished_runs_are_scored_once_on_equal_targets(jobs: list[Job], tmp_pat
     run_command(tmp_path, "--collect", str(tmp_path / "results"))
     found = json.loads((tmp_path / "results" / "sweep-books.json").read_text())
     rows = {row["run"]: row for row in found["rows"]}
-    assert list(rows) == ["kerple", "dape", "learned"]
-    assert (found["runs_planned"], found["runs_scored"], found["steps"]) == (4, 3, 5)
+    assert list(rows) == ["kerple", "dape", "learned", "rope", "rope-yarn"]
+    assert rows["rope-yarn"]["label"] == "RoPE with YaRN"
+    assert (found["runs_planned"], found["runs_scored"], found["steps"]) == (5, 4, 5)
     # Two ends in each document that has 64 tokens; the learned table ends at 16.
     assert [index for index, _ in found["targets"]] == [0, 0, 2, 2]
     assert {length: len(losses) for length, losses in rows["dape"]["nll"].items()} == {"16": 4, "64": 4}
@@ -94,7 +96,7 @@ def test_finished_runs_are_scored_once_on_equal_targets(jobs: list[Job], tmp_pat
     assert rows["dape"]["dape"]["width"] == 8
     assert rows["kerple"]["nll"] != rows["dape"]["nll"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*/evaluation.json")}
-    assert len(before) == 3
+    assert len(before) == 4
     (jobs[0].folder / "evaluation.json").unlink()
     run_command(tmp_path)
     after = {path: path.stat().st_mtime_ns for path in before}
@@ -122,13 +124,17 @@ def test_losses_by_position_come_from_one_full_pass(jobs: list[Job], tmp_path: P
         assert (31 * losses[0] + 32 * losses[1]) / 63 == pytest.approx(mean, abs=1e-5)
 
 
-def test_a_rope_run_is_scored_with_yarn_as_well(jobs: list[Job]) -> None:
+def test_a_rope_run_is_scored_with_yarn_as_well(jobs: list[Job], tmp_path: Path) -> None:
     assert list(evaluations(jobs[0])) == [Evaluation(jobs[0])]
-    model = jobs[0].config.model.model_copy(
-        update={"position": jobs[0].config.model.position.model_copy(update={"kind": "rope"})}
+    run_command(tmp_path)
+    plain, stretched = (
+        json.loads((jobs[3].folder / name).read_text())
+        for name in ("evaluation.json", "evaluation-yarn.json")
     )
-    rope = Job("books", "rope", 1, jobs[0].folder, jobs[0].config.model_copy(update={"model": model}))
-    assert list(evaluations(rope)) == [Evaluation(rope), Evaluation(rope, yarn=True)]
+    # At the train length the factor is 1; beyond it every length has a factor of its own.
+    assert stretched["nll"]["16"] == pytest.approx(plain["nll"]["16"], abs=1e-6)
+    assert stretched["nll"]["64"] != pytest.approx(plain["nll"]["64"], abs=1e-3)
+    assert len(stretched["position_nll"]) == len(plain["position_nll"]) == 4
 
 
 def test_bad_arguments_are_refused(jobs: list[Job], tmp_path: Path) -> None:
