@@ -20,6 +20,7 @@ from dape_engine.weights import load_config
 from dape_server.cli.sweep_status import status_table
 from dape_server.cli.train import train
 from dape_training import checkpoint
+from dape_training.files import whole_file, write_json
 from dape_training.run_folder import Progress, last_progress
 from dape_training.sweep import Job, load_sweep, plan
 from dape_training.sweep_workers import train_jobs
@@ -226,3 +227,13 @@ def test_every_shipped_sweep_is_valid(path: Path) -> None:
     jobs = plan(load_sweep(path), Path("out"), Path("corpus"), {})
     assert len({job.folder for job in jobs}) == len(jobs)
     assert {job.config.model.train_length for job in jobs} == {128}
+
+
+def test_a_file_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "numbers.json"
+    write_json(path, [1])
+    with suppress(KeyboardInterrupt), whole_file(path) as new:
+        new.write_text("[2")
+        raise KeyboardInterrupt
+    assert json.loads(path.read_text()) == [1]
+    assert list(path.parent.iterdir()) == [path]
