@@ -77,7 +77,8 @@ async def storm(server: Any, visits: int, seed: int) -> None:
 
 def unpooled_threads() -> list[str]:
     """The threads that belong to no pool: the pools are bounded, and grow to their bounds when they like."""
-    return sorted(t.name for t in threading.enumerate() if not t.name.startswith(("asyncio_", "AnyIO worker")))
+    pooled = ("asyncio_", "AnyIO worker")
+    return sorted(t.name for t in threading.enumerate() if not t.name.startswith(pooled))
 
 
 async def test_two_thousand_aborted_requests_leave_nothing_behind(folder: Path) -> None:
