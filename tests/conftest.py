@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dape_kernels.attention import BACKENDS, Backend
 from dape_kernels.cpu.library import (
@@ -18,7 +20,12 @@ from dape_kernels.cpu.library import (
     load,
     set_instruction_set,
 )
+from dape_kernels.triton import TritonBackend
 from golden import Golden
+
+# Before anything imports Triton: where there is no GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).parents[1]
 # A larger set may lie beside the repository; a small one is part of it.
@@ -70,6 +77,12 @@ CPU = [f"cpu-{name}" for name in BUILDS]
 def backend_named(name: str) -> Iterator[Backend[Any]]:
     """The backend of a test id; a test of what this machine lacks is skipped."""
     key, _, wanted = name.partition("-")
+    if key == "triton":
+        backend = TritonBackend(interpreted=not torch.cuda.is_available())
+        if (missing := backend.missing()) is not None:
+            pytest.skip(missing)
+        yield backend
+        return
     if not wanted:
         yield BACKENDS[key]
         return
@@ -97,6 +110,13 @@ def best_cpu() -> Backend[Any]:
     except LibraryMissingError as error:
         pytest.skip(str(error))
     return BACKENDS["cpu"]
+
+
+@pytest.fixture
+def triton() -> Iterator[Backend[Any]]:
+    """The backend `triton`, interpreted where there is no GPU."""
+    with backend_named("triton") as backend:
+        yield backend
 
 
 @pytest.fixture(params=[*CPU, *(name for name in BACKENDS if name != "cpu")])

@@ -134,12 +134,14 @@ def page(
     tables = torch.full((len(counts), max(counts) + 1), spare, dtype=torch.int32)
     for row, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
         tables[row, :count] = order[end - count : end]
-    cache = backend.allocate(blocks, block_size, heads, head_dim, cache_dtype or dtype, torch.device("cpu"))
-    nothing = torch.full((blocks * block_size, heads, head_dim), float("nan"), dtype=dtype)
-    cache.write(nothing, nothing, torch.arange(len(nothing)))
+    device = device_of(backend)
+    tables = tables.to(device)
+    cache = backend.allocate(blocks, block_size, heads, head_dim, cache_dtype or dtype, device)
+    nothing = torch.full((blocks * block_size, heads, head_dim), float("nan"), dtype=dtype, device=device)
+    cache.write(nothing, nothing, torch.arange(len(nothing), device=device))
 
     def flat(index: int) -> Tensor:
-        return torch.cat([sequence[index][0].transpose(0, 1) for sequence in sequences])
+        return torch.cat([sequence[index][0].transpose(0, 1) for sequence in sequences]).to(device)
 
     whole = RaggedBatch([0, *accumulate(lengths)], lengths, tables, block_size)
     cache.write(flat(1), flat(2), whole.slots())
@@ -147,6 +149,12 @@ def page(
     return Paged(
         flat(0), cache, RaggedBatch([0, *accumulate(rows)], lengths, tables, block_size), list(sequences)
     )
+
+
+def device_of(backend: Backend[Any]) -> torch.device:
+    """Where a backend of the tests keeps its tensors."""
+    on_gpu = backend.name == "triton" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def smallest_block(backend: Backend[Any]) -> int:
@@ -167,7 +175,8 @@ def random_sequence(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected magnitude; infinite where NaN appears."""
-    error = float((actual.double() - expected.double()).abs().max() / expected.abs().max())
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    error = float((actual - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 
 

@@ -12,7 +12,7 @@ from dape_kernels.attention import Backend, paged_attention
 from dape_kernels.encoding import RightEdge
 from dape_kernels.reference import reference_attention, reference_scores
 from golden import Golden
-from layers import page, relative_error, smallest_block
+from layers import device_of, page, relative_error, smallest_block
 
 DTYPES = [
     pytest.param(torch.float32, 2e-5, id="float32"),
@@ -25,7 +25,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, S, d] and log-sum-exp [B, H, S] of a whole file as one paged batch."""
     encoding, block_size = golden.encoding(dtype, edge), smallest_block(backend)
-    reason = backend.unsupported(encoding, dtype, torch.device("cpu"), block_size)
+    reason = backend.unsupported(encoding, dtype, device_of(backend), block_size)
     if reason is not None:
         pytest.skip(f"{backend.name} {reason}")
     query, key, value = golden.inputs(dtype)
@@ -41,8 +41,8 @@ def attend(
     )
     count, _, length, _ = query.shape
     return (
-        output.view(count, length, *output.shape[1:]).transpose(1, 2),
-        lse.view(count, length, -1).transpose(1, 2),
+        output.cpu().view(count, length, *output.shape[1:]).transpose(1, 2),
+        lse.cpu().view(count, length, -1).transpose(1, 2),
     )
 
 

@@ -22,8 +22,9 @@ class EngineOptions(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, the model's own on a GPU."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """auto: the same as dtype. int8, with a scale per token and head, needs the attention backend cpu."""
-    attention_backend: Literal["auto", "reference", "chunked", "cpu"] = "auto"
+    """auto: the same as dtype. int8, with a scale per token and head, needs the attention backend
+    cpu or triton."""
+    attention_backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
     """Attention kernel; `dape backends` lists what runs here."""
     attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(64 << 20)
     """Scratch memory of one attention call, whatever the context length; 8MiB for each CPU thread."""

@@ -18,6 +18,7 @@ from dape_kernels.decoder import Decoder, DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import ReferenceBackend
+from dape_kernels.triton import TritonBackend
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Backend(Protocol[Cache]):
 
 # The first that supports a layer is chosen, so the fastest come first.
 BACKENDS: dict[str, Backend[Any]] = {
-    backend.name: backend for backend in (CpuBackend(), ChunkedBackend(), ReferenceBackend())
+    backend.name: backend for backend in (CpuBackend(), TritonBackend(), ChunkedBackend(), ReferenceBackend())
 }
 
 

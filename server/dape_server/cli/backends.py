@@ -34,15 +34,18 @@ def backends() -> None:
             console.print(f"{key}: {backend.describe()}", highlight=False)
         except ValueError as error:  # a wrong setting in the environment
             raise SettingsError(str(error)) from error
-    table = Table("device", "cache", "encoding", *BACKENDS, "chosen")
+    table = Table("device", "cache", "encoding", "chosen", "why not the faster ones")
     for device in devices:
         for dtype in DTYPES:
             for name, (position, dape) in EXAMPLES.items():
                 encoding = PositionalEncoding(position, dape, 12, 64).encoding()
-                reasons = {
-                    key: b.unsupported(encoding, dtype, device, BLOCK_SIZE) for key, b in BACKENDS.items()
-                }
-                chosen = next((key for key, reason in reasons.items() if reason is None), "none")
-                shown = ["yes" if reason is None else reason for reason in reasons.values()]
-                table.add_row(str(device), str(dtype).removeprefix("torch."), name, *shown, chosen)
+                chosen, reasons = "none", []
+                for key, backend in BACKENDS.items():
+                    reason = backend.unsupported(encoding, dtype, device, BLOCK_SIZE)
+                    if reason is None:
+                        chosen = key
+                        break
+                    reasons.append(f"{key}: {reason}")
+                cache = str(dtype).removeprefix("torch.")
+                table.add_row(str(device), cache, name, chosen, "; ".join(reasons))
     console.print(table)

@@ -1,0 +1,128 @@
+"""What a tiling takes of a GPU, read off the compiled kernel: works on machines without one.
+
+Needs Triton without its interpreter (no TRITON_INTERPRET in the environment).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dape_kernels.triton.attend import attend_kernel
+from dape_kernels.triton.configs import Case, Tiling
+from dape_kernels.triton.encoding import GROUP, TABLE, padded
+
+WARP = 32
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# A layer of each kind that `Case` tells apart.
+HEADS, GROUPED_HEADS = 12, 32
+SIZE, LARGE_SIZE = 64, 128
+WIDTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Of one program: registers of a thread, bytes, and machine instructions of a thread in one tile."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: int
+
+    def cost(self, tiling: Tiling, taps: int) -> float:
+        """Return warp instructions per (query, key) pair: the less, the faster, all else being equal."""
+        halo = 2 * (taps // 2)
+        return self.instructions * tiling.warps / (tiling.rows * (tiling.keys - 2 * halo))
+
+
+def settings(case: Case, tiling: Tiling) -> dict[str, Any]:
+    """Return the compile-time parameters of the kernel for a typical layer of a case."""
+    heads = GROUPED_HEADS if case.grouped else HEADS
+    size = LARGE_SIZE if case.large else SIZE
+    return {
+        "HEADS": heads,
+        "SIZE": size,
+        "DIM": padded(size),
+        "GROUPS": -(-heads // GROUP),
+        "WIDTH": WIDTH if case.taps else 0,
+        "TAPS": max(case.taps, 1),
+        "KEEPS_SCORES": True,
+        "KEEPS_BIAS": True,
+        "FEEDS_BIAS": case.taps > 0,
+        "OFFICIAL": False,
+        "KIND": TABLE,
+        "UNITS": padded(1),
+        "QUANTISED": case.quantised,
+        "BLOCK_SIZE": 16,
+        "SPLITS": 1 if case.phase == "prefill" else 8,
+        "PRECISION": "ieee" if case.wide else "tf32",
+        "ROWS": tiling.rows,
+        "KEYS": tiling.keys,
+    }
+
+
+def compiled(case: Case, tiling: Tiling, capability: tuple[int, int] = (9, 0)) -> Resources:
+    """Compile the kernel for a GPU of this compute capability and return what it takes."""
+    constants = settings(case, tiling)
+    product = "fp32" if case.wide else "bf16"
+    stored = "i8" if case.quantised else product
+    floats = {"query": product, "output": product, "first": product, "second": product}
+    types = {name: f"*{kind}" for name, kind in floats.items()}
+    types |= {"keys": f"*{stored}", "values": f"*{stored}", "items": "*i32", "block_tables": "*i32"}
+    types |= {"scale": "fp32"}
+    names = attend_kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "i32" if name.endswith("_stride") else "*fp32")
+        for name in names
+    }
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name.startswith("query_")
+    }
+    source = ASTSource(
+        attend_kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], WARP)
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    kernel = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+    shared = int(kernel.metadata.shared)
+    return Resources(int(found[1]), int(found[2]), shared, _longest_loop(listing))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _longest_loop(listing: str) -> int:
+    """Return the instructions between a backward branch and its target, of the longest such loop."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S.*;", line):
+            count += 1
+            if (branch := re.search(r"\bBRA\b.*(\.L_\w+)", line)) and branch[1] in labels:
+                longest = max(longest, count - labels[branch[1]])
+    return longest
