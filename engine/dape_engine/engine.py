@@ -28,6 +28,7 @@ from dape_engine.inspection import (
 )
 from dape_engine.jobs import GenerationJob, Job, ScoreJob
 from dape_engine.loop import Observer, StepLoop
+from dape_engine.model import DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.request import (
     EngineState,
@@ -64,7 +65,7 @@ class AsyncEngine(StepLoop):
         device = _device(options)
         dtype = _dtype(options, self.config.dtype, device)
         self.dtype_name = str(dtype).removeprefix("torch.")
-        model = load_model(folder, dtype, device, options.yarn_factor)
+        model = _load(folder, dtype, device, options.yarn_factor)
         wanted = options.max_model_len or self.config.max_model_len
         if wanted > self.config.max_model_len:
             raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")
@@ -72,6 +73,7 @@ class AsyncEngine(StepLoop):
         self._layers = LayerWeights(folder, runner)
         self.backend_name = runner.backend.name
         self.num_blocks = runner.num_blocks
+        self.cache_bytes = runner.cache_bytes
         self.block_size = options.block_size
         self.max_model_len = runner.max_model_len
         self._pool = BlockPool(self.num_blocks, self.block_size)
@@ -205,6 +207,19 @@ def _device(options: EngineOptions) -> torch.device:
     if options.device == "cuda" and not available:
         raise SettingsError("device: cuda was asked for, but PyTorch sees no CUDA device")
     return torch.device("cuda" if options.device != "cpu" and available else "cpu")
+
+
+def _load(
+    folder: Path, dtype: torch.dtype, device: torch.device, yarn_factor: float | None
+) -> DapeForCausalLM:
+    try:
+        return load_model(folder, dtype, device, yarn_factor)
+    except torch.OutOfMemoryError as error:
+        free, total = (size >> 20 for size in torch.cuda.mem_get_info(device))
+        raise SettingsError(
+            f"the model's weights in {str(dtype).removeprefix('torch.')} do not fit the GPU: {free} MiB of "
+            f"{total} MiB are still free where they end"
+        ) from error
 
 
 def _dtype(options: EngineOptions, stored: str, device: torch.device) -> torch.dtype:

@@ -40,8 +40,12 @@ class EngineOptions(BaseModel):
     """Requests that may wait; further ones are refused. A quarter more for tenants of whom none waits."""
     max_num_queued_tokens: Positive = 1 << 22
     """Tokens, completions included, of the requests that may wait; beyond it as above."""
-    kv_cache_memory: Annotated[ByteSize, Field(gt=0)] = ByteSize(1 << 30)
-    """Size of the KV cache over all layers, e.g. 4GiB."""
+    kv_cache_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Size of the KV cache over all layers, e.g. 4GiB; by default 1GiB on a CPU, on a GPU what is left."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that weights, cache and all else may take together."""
+    cuda_graphs: bool = True
+    """On a GPU: launch decode steps as captured graphs."""
     block_size: Positive = 16
     """Tokens of one cache block."""
     threads: Annotated[int, Field(gt=0, le=MAX_THREADS)] | None = None

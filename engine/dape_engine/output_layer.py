@@ -31,6 +31,8 @@ def logits(hidden: Tensor, weight: Tensor, *, workspace: int = WORKSPACE) -> Ten
         weight: [V, h], any float type; narrow weights are widened piece by piece.
         workspace: bytes of scratch memory for the widened weights.
     """
+    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize == 2:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     result = hidden.new_empty((len(hidden), len(weight)), dtype=torch.float32)
     wide = hidden.float()
     for first, piece in _pieces(weight, workspace):

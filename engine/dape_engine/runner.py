@@ -6,8 +6,9 @@ of queues, text or clients. Letters: T rows of the step, h hidden size.
 
 from __future__ import annotations
 
+import logging
 from collections import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dape_engine.errors import SettingsError, StepError
+from dape_engine.graphs import DecodeGraphs, capture_cuda
+from dape_engine.memory import cache_memory
 from dape_engine.model import Attend, DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import logits, score_targets
@@ -26,6 +29,8 @@ from dape_engine.step import Chunk
 from dape_kernels.attention import paged_attention, select_backend
 from dape_kernels.decoder import Decoder
 from dape_kernels.paged import RaggedBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -79,19 +84,25 @@ class ModelRunner:
         block_bytes = config.num_hidden_layers * self.backend.block_bytes(
             self.block_size, config.num_attention_heads, config.head_dim, dtype
         )
-        self.num_blocks = options.kv_cache_memory // block_bytes
+        memory, why = cache_memory(config, options, self.device, model.word_embeddings.weight.dtype)
+        logger.info("KV cache of %d MiB (%s)", memory >> 20, why)
+        self.num_blocks = memory // block_bytes
         if self.num_blocks < 2:
             raise SettingsError(
-                f"kv_cache_memory: {options.kv_cache_memory} bytes hold {self.num_blocks} blocks of "
+                f"kv_cache_memory: {memory} bytes hold {self.num_blocks} blocks of "
                 f"{block_bytes} bytes; at least 2 are needed"
             )
+        self.cache_bytes = self.num_blocks * block_bytes
+        # The places of BiPE's tokens are worked out on the host.
+        replays = self.backend.replayable and options.cuda_graphs and config.position.kind != "bipe"
         self.max_model_len = min(max_model_len, self.num_blocks * self.block_size)
         """Longest sequence that the cache holds; tables of distances are no longer."""
         self.encodings = [self.backend.prepare(e, self.max_model_len, self.device) for e in encodings]
         try:
             self.caches = [
                 self.backend.allocate(
-                    self.num_blocks,
+                    # Rows of a graph that are not there write to a block of their own.
+                    self.num_blocks + replays,
                     self.block_size,
                     config.num_attention_heads,
                     config.head_dim,
@@ -102,7 +113,7 @@ class ModelRunner:
             ]
         except (RuntimeError, MemoryError) as error:
             raise SettingsError(
-                f"kv_cache_memory: {options.kv_cache_memory} bytes cannot be allocated"
+                f"kv_cache_memory: {memory} bytes cannot be allocated"
             ) from error
         self.segments: SegmentCache | None = None
         """With BiPE, where the cached tokens lie."""
@@ -118,6 +129,18 @@ class ModelRunner:
         if self._decoder is not None:
             # It has its own copy of their weights.
             model.layers = nn.ModuleList()  # type: ignore[assignment]
+        self._graphs: DecodeGraphs | None = None
+        if replays:
+            capture = capture_cuda() if self.device.type == "cuda" else _run_again
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(
+                    self._decode,
+                    options.max_num_seqs,
+                    -(-self.max_model_len // self.block_size),
+                    self.num_blocks,
+                    self.device,
+                    capture,
+                )
 
     @torch.inference_mode()
     def run(self, chunks: abc.Sequence[Chunk], states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
@@ -127,9 +150,31 @@ class ModelRunner:
             chunks: the rows; their sequences hold the blocks for them.
             states: sampler state of every sequence that generates.
         """
-        work = self.begin(chunks)
-        self.advance(work, self.num_layers)
-        return self.finish(work, states)
+        try:
+            if self._graphs is not None and self._graphs.takes(chunks):
+                scores = self._graphs.logits(chunks)
+                drawn = sample(scores, [states[chunk.sequence] for chunk in chunks])
+                return [ChunkResult(sampled=token) for token in drawn]
+            work = self.begin(chunks)
+            self.advance(work, self.num_layers)
+            return self.finish(work, states)
+        except torch.OutOfMemoryError:
+            # What the failed step has left in PyTorch's pools may be what the next one lacks.
+            torch.cuda.empty_cache()
+            raise
+
+    def _decode(self, token_ids: Tensor, positions: Tensor, block_tables: Tensor) -> Tensor:
+        """Return the logits float32 [b, V] of single rows, by work on the device alone: a `Compute`."""
+        count = len(token_ids)
+        batch = RaggedBatch(
+            query_starts=list(range(count + 1)),
+            context_lens=[self.max_model_len] * count,
+            block_tables=block_tables,
+            block_size=self.block_size,
+            live_positions=positions,
+        )
+        hidden = self.model(token_ids, positions.clamp_min(0).long(), self._attention(batch))
+        return logits(hidden, self.model.final_linear.weight)
 
     @torch.inference_mode()
     def begin(self, chunks: abc.Sequence[Chunk]) -> Pass:
@@ -259,6 +304,12 @@ class ModelRunner:
         drawn = sample(scores, [states[chunks[index].sequence] for index in ending])
         for index, token in zip(ending, drawn, strict=True):
             results[index].sampled = token
+
+
+def _run_again(work: Callable[[], None]) -> Callable[[], None]:
+    """Stand in for a capture where there are no graphs: do the work on the same buffers again."""
+    work()
+    return work
 
 
 def cache_dtype(model: DapeForCausalLM, options: EngineOptions) -> torch.dtype:

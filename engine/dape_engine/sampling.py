@@ -192,8 +192,6 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[TokenLogprob]
     Raises:
         StepError: a logit is not finite.
     """
-    if not math.isfinite(logits.sum().item()):
-        raise StepError("the model's logits are not finite")
     adjusted = _adjust(logits, states)
     tokens = adjusted.max(-1).indices
     drawn = [row for row, state in enumerate(states) if state.params.temperature >= GREEDY_BELOW]
@@ -252,7 +250,7 @@ def _draw(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
     cut = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if cut:
         lowest[cut] = _cut_off(scaled[cut], lowest[cut], [params[row] for row in cut])
-    if lowest.max() > -math.inf:
+    if cut or any(p.min_p > 0 for p in params):
         scaled.masked_fill_(scaled < lowest, -math.inf)
     masses = scaled.softmax(-1).cumsum(-1, dtype=torch.float64)
     target = _column([state.uniform() for state in states], logits, torch.float64) * masses[:, -1:]
@@ -283,10 +281,18 @@ def _ascending(values: Tensor) -> Tensor:
 
 
 def _report(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[TokenLogprob]:
-    """Return the log-probabilities of the tokens [S] and of the others that each row asks for, if any."""
+    """Return the log-probabilities of the tokens [S] and of the others that each row asks for, if any.
+
+    Raises:
+        StepError: a logit is not finite.
+    """
+    # One copy brings both from the device.
+    *drawn, finite = torch.cat([tokens, logits.sum().isfinite()[None]]).tolist()
+    if not finite:
+        raise StepError("the model's logits are not finite")
     if all(p.logprobs is None and not p.logprob_token_ids for p in params):
         # The sum over the vocabulary costs as much as drawing a token.
-        return [TokenLogprob(token, math.nan) for token in tokens.tolist()]
+        return [TokenLogprob(token, math.nan) for token in drawn]
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
     tops = [p.logprobs or 0 for p in params]
@@ -301,7 +307,7 @@ def _report(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) ->
             known = {token for token, _ in others[row]}
             asked = [token for token in dict.fromkeys(p.logprob_token_ids) if token not in known]
             others[row] += tuple(zip(asked, logprobs[row, asked].tolist(), strict=True))
-    return list(map(TokenLogprob, tokens.tolist(), own, others))
+    return list(map(TokenLogprob, drawn, own, others))
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

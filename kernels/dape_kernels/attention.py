@@ -58,6 +58,11 @@ class Backend(Protocol[Cache]):
         """The name in `BACKENDS`."""
         ...
 
+    @property
+    def replayable(self) -> bool:
+        """Whether `attend` can be captured in a graph: it takes batches with `live_positions`."""
+        ...
+
     def describe(self) -> str:
         """Return one line about what runs here, or why nothing does."""
         ...

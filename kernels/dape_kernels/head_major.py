@@ -43,6 +43,8 @@ class HeadMajorCache:
 class HeadMajorBackend:
     """Every encoding on every device that PyTorch has."""
 
+    replayable = False
+
     def describe(self) -> str:
         """Return one line about what runs here."""
         return f"PyTorch {torch.__version__}"

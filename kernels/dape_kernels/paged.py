@@ -29,6 +29,10 @@ class RaggedBatch:
     block_size: int
     segments: Tensor | None = None
     """int64 [slots], the segment of the token in each slot, where encodings are `segmented`."""
+    live_positions: Tensor | None = None
+    """int32 [S], of sequences of one row each: its position, -1 for no row. Known on the device only, so that
+    work captured once can be replayed for others; `context_lens` are upper limits then. See
+    `Backend.replayable`."""
     memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
     """What all layers of a step share."""
 
@@ -41,6 +45,9 @@ class RaggedBatch:
     def slots(self) -> Tensor:
         """Return the cache slot of every row, int64 [T]: block * block_size + offset."""
         device = self.block_tables.device
+        if self.live_positions is not None:
+            sequence = torch.arange(len(self.live_positions), device=device)
+            return self.key_slots(sequence, self.live_positions.long().clamp_min(0))
         starts = torch.tensor(self.query_starts, device=device)
         sequence = torch.repeat_interleave(starts.diff())
         shift = torch.tensor(self.context_lens, device=device) - starts[1:]

@@ -90,7 +90,7 @@ async def clients(
 
 async def memory(engine: AsyncEngine, tokens: int) -> tuple[int, int]:
     """Return the process's peak memory in bytes, and how much of it the cache of `tokens` tokens is."""
-    block = engine.options.kv_cache_memory / engine.num_blocks
+    block = engine.cache_bytes / engine.num_blocks
     return peak_memory(), round(-(-tokens // engine.block_size) * block)
 
 

@@ -33,6 +33,7 @@ class CpuBackend:
     """Every encoding but CoPE and BiPE, on CPUs, in a few megabytes of scratch memory per thread."""
 
     name = "cpu"
+    replayable = False
 
     def describe(self) -> str:
         """Return one line about what runs here."""

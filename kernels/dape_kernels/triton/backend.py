@@ -20,7 +20,7 @@ from dape_kernels.paged import RaggedBatch
 from dape_kernels.triton.cache import TokenCache, block_bytes
 from dape_kernels.triton.configs import Case, Phase, Tiling, choose, roomy
 from dape_kernels.triton.encoding import FIRE_SLOPES, GROUP, PreparedEncoding
-from dape_kernels.triton.plan import Launch, cut, place, split_count
+from dape_kernels.triton.plan import Launch, split_count, work
 
 MAX_HEADS = 64
 MAX_HEAD_DIM = 128
@@ -43,6 +43,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    replayable = True
 
     def __init__(self, *, interpreted: bool = False):
         self._device_type = "cpu" if interpreted else "cuda"
@@ -161,18 +162,18 @@ class TritonBackend:
         def make() -> list[Launch]:
             launches = []
             for tiles, chosen in zip((True, False), tilings, strict=True):
-                items = cut(batch, chosen.rows, tiles=tiles)
-                if not items:
+                items = work(batch, chosen.rows, tiles=tiles)
+                if not len(items):
                     continue
                 splits = split_count(
                     len(items) * prepared.groups,
-                    items[0][3] + items[0][1],
+                    max(batch.context_lens),
                     chosen.keys,
                     len(items) * chosen.rows * heads * (size + 1) * 4,
                     workspace,
                     processors(query.device),
                 )
-                launches.append(Launch(chosen, place(items, query.device), splits))
+                launches.append(Launch(chosen, items, splits))
             return launches
 
         launches: list[Launch] = batch.memo(key, make)

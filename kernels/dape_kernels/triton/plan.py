@@ -51,7 +51,7 @@ def split_count(
 
     Args:
         programs: of the launch without splits.
-        longest: most keys of an item.
+        longest: most keys of a sequence.
         keys: of a tile.
         part_bytes: float32 outputs of one part of all items.
         workspace: bytes for the parts.
@@ -64,6 +64,17 @@ def split_count(
     return max(1, min(wanted, useful, affordable, MOST_SPLITS))
 
 
-def place(items: list[Item], device: torch.device) -> Tensor:
-    """Return items as int32 [items, 5] on the device."""
-    return torch.tensor(items, dtype=torch.int32).to(device, non_blocking=True)
+def work(batch: RaggedBatch, rows: int, *, tiles: bool) -> Tensor:
+    """Return the items of a launch, int32 [items, 5], on the device of the batch."""
+    if batch.live_positions is not None:
+        return _live(batch.live_positions) if not tiles else batch.live_positions[:0]
+    items = cut(batch, rows, tiles=tiles)
+    return torch.tensor(items, dtype=torch.int32).to(batch.block_tables.device, non_blocking=True)
+
+
+def _live(positions: Tensor) -> Tensor:
+    """Return the items of single rows whose positions are known on the device only."""
+    row = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
+    there = (positions >= 0).to(torch.int32)
+    last = positions.clamp_min(0)
+    return torch.stack([row, there, row, last, last + 1], 1)
