@@ -119,7 +119,7 @@ def triton() -> Iterator[Backend[Any]]:
         yield backend
 
 
-@pytest.fixture(params=[*CPU, *(name for name in BACKENDS if name != "cpu")])
+@pytest.fixture(params=[*CPU, *(name for name in BACKENDS if name not in ("cpu", "xformers"))])
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend[Any]]:
     """Every attention backend of this machine in turn."""
     with backend_named(request.param) as backend:

@@ -153,7 +153,7 @@ def page(
 
 def device_of(backend: Backend[Any]) -> torch.device:
     """Where a backend of the tests keeps its tensors."""
-    on_gpu = backend.name == "triton" and torch.cuda.is_available()
+    on_gpu = backend.name in ("triton", "xformers") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
 

@@ -24,7 +24,7 @@ class EngineOptions(BaseModel):
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """auto: the same as dtype. int8, with a scale per token and head, needs the attention backend
     cpu or triton."""
-    attention_backend: Literal["auto", "reference", "chunked", "cpu", "triton"] = "auto"
+    attention_backend: Literal["auto", "reference", "chunked", "cpu", "triton", "xformers"] = "auto"
     """Attention kernel; `dape backends` lists what runs here."""
     attention_workspace: Annotated[ByteSize, Field(ge=1 << 20)] = ByteSize(64 << 20)
     """Scratch memory of one attention call, whatever the context length; 8MiB for each CPU thread."""

@@ -19,6 +19,7 @@ from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import ReferenceBackend
 from dape_kernels.triton import TritonBackend
+from dape_kernels.xformers_backend import XformersBackend
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class Backend(Protocol[Cache]):
 
 # The first that supports a layer is chosen, so the fastest come first.
 BACKENDS: dict[str, Backend[Any]] = {
-    backend.name: backend for backend in (CpuBackend(), TritonBackend(), ChunkedBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), XformersBackend(), TritonBackend(), ChunkedBackend(), ReferenceBackend())
 }
 
 

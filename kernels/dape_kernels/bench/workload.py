@@ -46,25 +46,33 @@ class Shape:
         query, key, value = (torch.empty(tokens, self.heads, self.head_dim).normal_() for _ in range(3))
         return query, key, value
 
-    def encoding(self, *, dape: bool, dtype: torch.dtype = torch.float32) -> Encoding:
+    def encoding(
+        self,
+        *,
+        dape: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        taps: int = 1,
+    ) -> Encoding:
         """Return Kerple, or DAPE-Kerple, with random parameters of the size that training begins with.
 
-        The parameters have the same values in every call, whatever their `dtype`.
+        The parameters have the same values in every call, whatever their `dtype`. `taps` is the length of
+        DAPE's kernel.
         """
         generator = torch.Generator().manual_seed(0)
 
         def uniform(low: float, high: float, *size: int) -> Tensor:
-            return (low + (high - low) * torch.rand(size, generator=generator)).to(dtype)
+            return (low + (high - low) * torch.rand(size, generator=generator)).to(device, dtype)
 
         bias = KerpleLog(uniform(0, 2, self.heads), uniform(0, 1, self.heads))
         if not dape:
             return Encoding(self.heads, self.head_dim, bias)
-        first, second = 1 / math.sqrt(2 * self.heads), 1 / math.sqrt(self.width)
+        first, second = 1 / math.sqrt(2 * self.heads * taps), 1 / math.sqrt(self.width * taps)
         network = dape_from_parameters(
             "concat_residual",
-            uniform(-first, first, self.width, 2 * self.heads),
+            uniform(-first, first, self.width, 2 * self.heads, 1, taps),
             uniform(-first, first, self.width),
-            uniform(-second, second, self.heads, self.width),
+            uniform(-second, second, self.heads, self.width, 1, taps),
             uniform(-second, second, self.heads),
         )
         return Encoding(self.heads, self.head_dim, bias, network)

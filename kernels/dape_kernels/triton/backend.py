@@ -38,6 +38,7 @@ class TritonBackend:
     """Every encoding but CoPE, on CUDA devices, with a workspace for the parts of split keys only.
 
     Args:
+        tiling: of all launches, instead of the committed ones; for tuning.
         interpreted: run on the CPU by Triton's interpreter, for tests: TRITON_INTERPRET=1 must have been set
             before Triton was imported.
     """
@@ -45,7 +46,8 @@ class TritonBackend:
     name = "triton"
     replayable = True
 
-    def __init__(self, *, interpreted: bool = False):
+    def __init__(self, *, tiling: Tiling | None = None, interpreted: bool = False):
+        self._tiling = tiling
         self._device_type = "cpu" if interpreted else "cuda"
 
     def describe(self) -> str:
@@ -154,7 +156,8 @@ class TritonBackend:
         """Return the launches of a batch, made once for all layers of a step."""
         phases: tuple[Phase, Phase] = ("prefill", "decode")
         tilings = tuple(
-            tiling(phase, query.dtype, prepared, query.device, quantised=quantised) for phase in phases
+            self._tiling or tiling(phase, query.dtype, prepared, query.device, quantised=quantised)
+            for phase in phases
         )
         heads, size = query.shape[1:]
         key = (self.name, query.dtype, tilings, workspace)

@@ -56,7 +56,7 @@ def inspect(case: Case, tiling: Tiling, capability: tuple[int, int]) -> dict[str
 
 def time(case: Case, tiling: Tiling) -> dict[str, Any]:
     """Return the median milliseconds of a candidate on this GPU; infinite where it does not run."""
-    from dape_kernels.triton.bench import layer_milliseconds
+    from dape_kernels.bench.gpu import layer_milliseconds
 
     try:
         cost = layer_milliseconds(case, tiling)
