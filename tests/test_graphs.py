@@ -125,7 +125,7 @@ async def test_engine_decodes_in_graphs(tmp_path: Path) -> None:
     async with engine_of(folder, attention_backend="chunked") as engine:
         expected = await run(engine, together=False)
     async with engine_of(folder, **options) as engine:
-        captured = engine._runner._graphs
+        captured = engine._runner.graphs
         assert captured is not None
         replays: list[int] = []
         for size, graph in captured._graphs.items():
@@ -133,7 +133,7 @@ async def test_engine_decodes_in_graphs(tmp_path: Path) -> None:
         assert await run(engine, together=True) == expected
         assert {1, 2, 4} >= set(replays) > set()
     async with engine_of(folder, **options, cuda_graphs=False) as engine:
-        assert engine._runner._graphs is None
+        assert engine._runner.graphs is None
 
 
 async def test_out_of_memory_ends_one_request_and_no_other(

@@ -108,7 +108,7 @@ class DecodeGraphs:
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
         """Return the logits float32 [len(chunks), V] of the chunks' rows; valid until the next call."""
         count = len(chunks)
-        size = next(size for size in self._sizes if size >= count)
+        size = self._size(count)
         lines = self._host.numpy()  # a view: numpy copies a list several times as fast
         for place, chunk in enumerate(chunks):
             blocks = chunk.sequence.blocks
@@ -117,9 +117,16 @@ class DecodeGraphs:
         self._host[count:size, POSITION] = NO_ROW
         self._host[count:size, BLOCKS:] = self._spare_block
         self._inputs[:size].copy_(self._host[:size], non_blocking=True)
-        graph = self._graphs[size]
+        return self.replay(count)
+
+    def replay(self, count: int) -> Tensor:
+        """Compute again what lies in the buffers; return the logits of the first `count` rows."""
+        graph = self._graphs[self._size(count)]
         graph.replay()
         return graph.logits[:count]
+
+    def _size(self, count: int) -> int:
+        return next(size for size in self._sizes if size >= count)
 
 
 def _decodes(chunk: Chunk) -> bool:

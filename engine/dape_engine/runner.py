@@ -129,11 +129,11 @@ class ModelRunner:
         if self._decoder is not None:
             # It has its own copy of their weights.
             model.layers = nn.ModuleList()  # type: ignore[assignment]
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if replays:
             capture = capture_cuda() if self.device.type == "cuda" else _run_again
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(
+                self.graphs = DecodeGraphs(
                     self._decode,
                     options.max_num_seqs,
                     -(-self.max_model_len // self.block_size),
@@ -151,8 +151,8 @@ class ModelRunner:
             states: sampler state of every sequence that generates.
         """
         try:
-            if self._graphs is not None and self._graphs.takes(chunks):
-                scores = self._graphs.logits(chunks)
+            if self.graphs is not None and self.graphs.takes(chunks):
+                scores = self.graphs.logits(chunks)
                 drawn = sample(scores, [states[chunk.sequence] for chunk in chunks])
                 return [ChunkResult(sampled=token) for token in drawn]
             work = self.begin(chunks)
