@@ -19,7 +19,6 @@ from dape_engine.config import DapeConfig
 from dape_kernels.attention import BACKENDS, Backend, paged_attention
 from dape_kernels.bias import Fire
 from dape_kernels.encoding import Encoding
-from dape_kernels.triton import TritonBackend
 from dape_kernels.triton.configs import Case, choose, roomy
 from dape_kernels.triton.plan import MOST_SPLITS, cut, split_count
 from layers import (
@@ -89,11 +88,17 @@ def check(
     tolerance: float = ROUNDING,
     workspace: int = AMPLE,
 ) -> None:
-    """Compare outputs and log-sum-exps of a layer with parameters as training starts from."""
+    """Compare outputs and log-sum-exps of a layer with parameters as training starts from.
+
+    Biases in the thousands are rounded at their size.
+    """
     heads, head_dim = paged.query.shape[1:]
     encoding = random_encoding(layer, heads, head_dim, torch.float32, std=None)
     output, lse = attend(backend, paged, encoding, workspace)
     exact = random_encoding(layer, heads, head_dim, torch.float64, std=None)
+    farthest = torch.tensor(max(paged.batch.context_lens) - 1)
+    largest_bias = float(exact.static_bias(farthest, torch.tensor(0)).abs().max())
+    tolerance *= max(1.0, largest_bias / 256)
     expected, expected_lse = paged.expected(exact, torch.float64)
     assert relative_error(output, expected) < tolerance
     assert float((lse - expected_lse).abs().max()) < tolerance * max(1.0, float(expected_lse.abs().max()))
@@ -134,7 +139,7 @@ def test_every_shape(triton: Backend[Any], heads: int, head_dim: int, width: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heads", "head_dim", "width"), [*SHAPES, (4, 32, 8), (64, 128, 128), (16, 64, 20)])
+@pytest.mark.parametrize(("heads", "head_dim", "width"), [*SHAPES, (4, 32, 8), (64, 128, 64), (16, 64, 20)])
 @pytest.mark.parametrize("bias", ["alibi", "kerple_power", "sandwich", "fire"])
 @pytest.mark.parametrize("kernel", [0, 1, 3, 5])
 def test_every_shape_in_full(
@@ -232,6 +237,11 @@ def test_tables_grow_with_the_context(triton: Backend[Any]) -> None:
         (Encoding(17, 8), torch.float32, "float32 with more than 16 heads or a head size above 64"),
         (Encoding(3, 72), torch.float32, "float32 with more than 16 heads or a head size above 64"),
         (random_encoding(LAYERS["cope"], 3, 8), torch.float32, "CoPE"),
+        (
+            random_encoding((WITH_BIAS["alibi"], DapeConfig(width=65)), 3, 8),
+            torch.float32,
+            "DAPE width 65, above 64",
+        ),
         (random_encoding(LAYERS["kerple-v2-k3"], 3, 8), torch.float32, None),
     ],
 )
@@ -254,7 +264,10 @@ def test_never_chosen_for_a_cpu() -> None:
     reason = BACKENDS["triton"].unsupported(Encoding(3, 8), torch.float32, torch.device("cpu"), 16)
     assert reason == "does not support cpu devices"
     if not torch.cuda.is_available():
-        assert "no CUDA device" in TritonBackend().describe() or "not installed" in TritonBackend().describe()
+        device = torch.device("cuda")
+        missing = BACKENDS["triton"].unsupported(Encoding(3, 8), torch.float32, device, 16)
+        assert missing == BACKENDS["triton"].describe()
+        assert "no CUDA device" in missing or "not installed" in missing
 
 
 def test_small_devices_run_small_heads() -> None:

@@ -30,6 +30,8 @@ from dape_kernels.attention import paged_attention, select_backend
 from dape_kernels.decoder import Decoder
 from dape_kernels.paged import RaggedBatch
 
+# Long enough that keys are split, and as many rows as a chunk beside others may have.
+WARM_CONTEXT, WARM_ROWS = 4096, 64
 logger = logging.getLogger(__name__)
 
 
@@ -130,6 +132,8 @@ class ModelRunner:
             # It has its own copy of their weights.
             model.layers = nn.ModuleList()  # type: ignore[assignment]
         self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            self.warm_up()
         if replays:
             capture = capture_cuda() if self.device.type == "cuda" else _run_again
             with torch.inference_mode():
@@ -162,6 +166,27 @@ class ModelRunner:
             # What the failed step has left in PyTorch's pools may be what the next one lacks.
             torch.cuda.empty_cache()
             raise
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute attention once in every kind of batch, so that no request waits for a compiler."""
+        config, longest = self.model.config, min(WARM_CONTEXT, self._max_model_len)
+        shape = (config.num_attention_heads, config.head_dim)
+        dtype = self.model.word_embeddings.weight.dtype
+        tables = torch.zeros(1, -(-longest // self.block_size), dtype=torch.int32, device=self.device)
+        for rows, context in ((1, 1), (1, longest), (longest, longest), (min(WARM_ROWS, longest), longest)):
+            batch = RaggedBatch([0, rows], [context], tables, self.block_size)
+            query = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
+            # All into block 0: written before anything reads it.
+            self.caches[0].write(query, query, torch.arange(rows, device=self.device) % self.block_size)
+            paged_attention(
+                query,
+                self.caches[0],
+                batch,
+                self.encodings[0],
+                backend=self.backend,
+                workspace=self.workspace,
+            )
 
     def _decode(self, token_ids: Tensor, positions: Tensor, block_tables: Tensor) -> Tensor:
         """Return the logits float32 [b, V] of single rows, by work on the device alone: a `Compute`."""

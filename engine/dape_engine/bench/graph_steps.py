@@ -50,7 +50,7 @@ DRY = Plan(torch.device("cpu"), torch.float32, "small", 2, 6, 1)
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """Return milliseconds of a decode step of all streams, of its graph, and what the host takes beside it."""
+    """Return milliseconds of a decode step of all streams, of its graph, and of the host beside it."""
     sampling = SamplingParams(max_tokens=16, temperature=0)
     options = EngineOptions(
         attention_backend="triton", max_num_seqs=plan.streams, kv_cache_memory=_cache(plan)

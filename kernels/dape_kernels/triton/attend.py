@@ -138,7 +138,8 @@ def _pairs_first(scores):
     return tl.reshape(tl.permute(scores, (1, 2, 0)), (PAIRS, GROUP_SIZE))
 
 
-@triton.jit
+# Numbers that change from step to step are not compiled in: no request waits for a compiler.
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def attend_kernel(
     query,  # [T, H, d], elements of a head adjacent
     query_row_stride,
@@ -158,8 +159,9 @@ def attend_kernel(
     bias_units,
     output,  # [T, H, d]
     lse,  # [T, H]
-    parts,  # float32 [SPLITS, items * M, H, d]
-    part_lses,  # float32 [SPLITS, items * M, H]
+    parts,  # float32 [splits, items * M, H, d]
+    part_lses,  # float32 [splits, items * M, H]
+    splits,
     scale,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,  # d
@@ -175,7 +177,7 @@ def attend_kernel(
     UNITS: tl.constexpr,
     QUANTISED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTED: tl.constexpr,  # the keys of an item are split
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,  # M
     KEYS: tl.constexpr,  # N
@@ -200,7 +202,7 @@ def attend_kernel(
     pair_query = position + tl.minimum(pair // KEYS, count - 1)
 
     longest = position + count
-    part = tl.cdiv(tl.cdiv(longest, SPLITS), STEP) * STEP
+    part = tl.cdiv(tl.cdiv(longest, splits), STEP) * STEP
     begin = split * part
     end = tl.minimum(begin + part, longest)
 
@@ -346,7 +348,7 @@ def attend_kernel(
     head, dim = own + lane, tl.arange(0, DIM)
     held = (head < HEADS)[:, None] & (place < count)[None, :]
     there_too = held[:, :, None] & (dim < SIZE)[None, None, :]
-    if SPLITS == 1:
+    if not PARTED:
         target = (first_row + place).to(tl.int64)[None, :] * HEADS + head[:, None]
         tl.store(lse + target, logarithm, mask=held)
         place_out = target[:, :, None] * SIZE + dim[None, None, :]
@@ -358,19 +360,19 @@ def attend_kernel(
         tl.store(parts + target[:, :, None] * SIZE + dim[None, None, :], result, mask=there_too)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "num_lines"])
 def merge_kernel(
     items,
     parts,
     part_lses,
     output,
     lse,
+    splits,
     num_lines,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LANES: tl.constexpr,  # SPLITS, rounded up to a power of two
+    MOST_SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Join the parts of one row and head, weighted by the exponentials of their log-sum-exps."""
@@ -378,15 +380,17 @@ def merge_kernel(
     item, place = line // ROWS, line % ROWS
     if place >= tl.load(items + item * ITEM + 1):
         return
-    part, dim = tl.arange(0, LANES), tl.arange(0, DIM)
-    source = (part.to(tl.int64) * num_lines + line) * HEADS + head
-    logarithm = tl.load(part_lses + source, mask=part < SPLITS, other=LOWEST)
-    highest = tl.max(logarithm, 0)
-    weight = tl.exp(logarithm - highest)
-    mass = tl.sum(weight, 0)
-    there = (part < SPLITS)[:, None] & (dim < SIZE)[None, :]
-    partial = tl.load(parts + source[:, None] * SIZE + dim[None, :], mask=there, other=0.0)
-    result = tl.sum(partial * weight[:, None], 0) / mass
+    lane, dim = tl.arange(0, MOST_SPLITS), tl.arange(0, DIM)
+    source = line.to(tl.int64) * HEADS + head
+    step = num_lines.to(tl.int64) * HEADS
+    logarithms = tl.load(part_lses + source + lane * step, mask=lane < splits, other=LOWEST)
+    highest = tl.max(logarithms, 0)
+    mass = tl.sum(tl.exp(logarithms - highest), 0)
+    result = tl.zeros((DIM,), tl.float32)
+    for _ in range(splits):
+        weight = tl.exp(tl.load(part_lses + source) - highest) / mass
+        result += weight * tl.load(parts + source * SIZE + dim, mask=dim < SIZE, other=0.0)
+        source += step
     target = (tl.load(items + item * ITEM) + place).to(tl.int64) * HEADS + head
     tl.store(lse + target, highest + tl.log(mass))
     tl.store(output + target * SIZE + dim, result.to(output.dtype.element_ty), mask=dim < SIZE)

@@ -20,11 +20,11 @@ from dape_kernels.paged import RaggedBatch
 from dape_kernels.triton.cache import TokenCache, block_bytes
 from dape_kernels.triton.configs import Case, Phase, Tiling, choose, roomy
 from dape_kernels.triton.encoding import FIRE_SLOPES, GROUP, PreparedEncoding
-from dape_kernels.triton.plan import Launch, split_count, work
+from dape_kernels.triton.plan import MOST_SPLITS, Launch, split_count, work
 
 MAX_HEADS = 64
 MAX_HEAD_DIM = 128
-MAX_WIDTH = 128
+MAX_WIDTH = 64
 KERNELS = (1, 3, 5)
 LARGE_HEAD = 64
 # What takes more shared memory than every device has for every dtype.
@@ -73,13 +73,14 @@ class TritonBackend:
         dape, bias = encoding.dape, encoding.bias
         width, kernel = (0, 1) if dape is None else (len(dape.hidden_bias), dape.kernel)
         large, grouped = encoding.head_dim > LARGE_HEAD, encoding.heads > GROUP
-        small = not roomy(_capability(device)) and (large or grouped)
+        small = not roomy(_capability(device))
         piecewise = isinstance(bias, Fire) and bias.activation in FIRE_SLOPES
         obstacles = (
             (device.type != self._device_type, f"{device.type} devices"),
             (dtype not in (*FLOATS, torch.int8), f"a cache of {dtype}"),
             (_is_wide(dtype) and (large or grouped), f"float32 with {WIDE_LIMITS}"),
-            (small, f"{WIDE_LIMITS} on this device"),
+            (small and (large or grouped), f"{WIDE_LIMITS} on this device"),
+            (small and _is_wide(dtype), "float32 on this device"),
             (encoding.heads > MAX_HEADS, f"{encoding.heads} heads, above {MAX_HEADS}"),
             (encoding.head_dim > MAX_HEAD_DIM, f"head size {encoding.head_dim}, above {MAX_HEAD_DIM}"),
             (width > MAX_WIDTH, f"DAPE width {width}, above {MAX_WIDTH}"),
@@ -212,7 +213,9 @@ def processors(device: torch.device) -> int:
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED_CAPABILITY
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return INTERPRETED_CAPABILITY
+    return torch.cuda.get_device_capability(device)
 
 
 def run(
@@ -258,11 +261,12 @@ def run(
         lse,
         parts,
         part_lses,
+        splits,
         prepared.scale,
         **settings,
         QUANTISED=cache.scales is not None,
         BLOCK_SIZE=cache.block_size,
-        SPLITS=splits,
+        PARTED=splits > 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         ROWS=tiling.rows,
         KEYS=tiling.keys,
@@ -276,12 +280,12 @@ def run(
             part_lses,
             output,
             lse,
+            splits,
             lines,
             HEADS=heads,
             SIZE=size,
             DIM=settings["DIM"],
-            SPLITS=splits,
-            LANES=1 << (splits - 1).bit_length(),
+            MOST_SPLITS=MOST_SPLITS,
             ROWS=tiling.rows,
             num_warps=1,
         )

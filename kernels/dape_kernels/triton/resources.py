@@ -62,7 +62,7 @@ def settings(case: Case, tiling: Tiling) -> dict[str, Any]:
         "UNITS": padded(1),
         "QUANTISED": case.quantised,
         "BLOCK_SIZE": 16,
-        "SPLITS": 1 if case.phase == "prefill" else 8,
+        "PARTED": case.phase == "decode",
         "PRECISION": "ieee" if case.wide else "tf32",
         "ROWS": tiling.rows,
         "KEYS": tiling.keys,
@@ -82,7 +82,7 @@ def compiled(case: Case, tiling: Tiling, capability: tuple[int, int] = (9, 0)) -
     signature = {
         name: "constexpr"
         if name in constants
-        else types.get(name, "i32" if name.endswith("_stride") else "*fp32")
+        else types.get(name, "i32" if name.endswith(("_stride", "splits")) else "*fp32")
         for name in names
     }
     aligned = {

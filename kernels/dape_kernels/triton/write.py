@@ -13,7 +13,7 @@ from dape_kernels.triton.encoding import padded
 LINES = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane", "lines"])
 def write_kernel(
     key,  # [T, H, d], elements of a head adjacent
     key_row_stride,
