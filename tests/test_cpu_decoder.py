@@ -152,7 +152,7 @@ def test_bfloat16_agrees_within_its_rounding(spans: list[tuple[int, int]]) -> No
     [
         {"position": {"kind": "alibi"}, "parallel_residual": True},
         {"position": {"kind": "nope"}, "num_attention_heads": 9, "intermediate_size": 8},
-        {"position": {"kind": "learned", "max_positions": 512}},
+        {"position": {"kind": "learned", "max_positions": 512}, "hidden_act": "gelu_tanh"},
         {"position": {"kind": "fire"}, "dape": {"version": 2, "width": 5, "kernel": 3}},
     ],
     ids=lambda settings: settings["position"]["kind"],
@@ -229,6 +229,25 @@ def test_misfits_are_refused() -> None:
         decoder.run(torch.zeros(1, 72), long)
     with pytest.raises(ValueError, match=r"layers 1 to 2 are not among 0 to 1"):
         decoder.run(torch.zeros(4, 72), batch, range(1, 3))
+
+
+@pytest.mark.usefixtures("_instruction_set")
+def test_tanh_gelu_in_every_build() -> None:
+    model, spans = make_model(hidden_act="gelu_tanh", position={"kind": "nope"}), SPANS["a mix"]
+    with torch.no_grad():  # far out, where exponentials overflow
+        model.layers[0].mlp.linear1.weight *= 40
+    tokens = random_tokens(spans)
+    hidden, _ = run(model, spans, tokens)
+    assert relative_error(hidden, expected(model, spans, tokens)) < 3e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"position": {"kind": "rope"}}, {"position": {"kind": "nope"}, "clip_qkv": 1.0}],
+    ids=["rope", "clipped"],
+)
+def test_what_changes_queries_and_keys_runs_layer_by_layer(settings: dict[str, Any]) -> None:
+    assert make_model(**settings).decoder_modules() is None
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,12 @@ class ModelConfig(BaseModel):
     num_attention_heads: Annotated[int, Field(gt=0, le=MAX_HEADS)]
     intermediate_size: Positive
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    hidden_act: Literal["gelu"] = "gelu"
+    hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
+    """The exact (erf) GELU, or its tanh approximation."""
+    embedding_norm: bool = False
+    """Whether a layer norm stands between the embeddings and the first layer (BLOOM)."""
+    clip_qkv: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Queries, keys and values are cut off at plus and minus this (MPT)."""
     parallel_residual: bool = False
     tie_word_embeddings: bool = False
     train_length: Positive

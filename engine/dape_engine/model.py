@@ -28,6 +28,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads = config.num_attention_heads
+        self.clip_qkv = config.clip_qkv
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.position = PositionalEncoding(config.position, config.dape, self.heads, config.head_dim)
@@ -35,8 +36,10 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, rotary: Rotary | None, layer: int, attend: Attend
     ) -> Tensor:
-        qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, -1))
-        query, key, value = qkv.unbind(-2)
+        qkv = self.query_key_value(x)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        query, key, value = qkv.unflatten(-1, (self.heads, 3, -1)).unbind(-2)
         if rotary is not None:
             query, key = rotary(query, key, positions)
         output: Tensor = self.dense(attend(layer, query, key, value).flatten(-2))
@@ -44,15 +47,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """h -> intermediate -> h with the exact (erf) GELU."""
+    """h -> intermediate -> h with the exact (erf) GELU or its tanh approximation."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.approximate = "tanh" if config.hidden_act == "gelu_tanh" else "none"
         self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear2(functional.gelu(self.linear1(x)))
+        output: Tensor = self.linear2(functional.gelu(self.linear1(x), approximate=self.approximate))
         return output
 
 
@@ -83,21 +87,26 @@ class DapeForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embedding_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.layers: list[Layer] = nn.ModuleList(  # type: ignore[assignment]  # a list to its readers
             Layer(config) for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.final_linear = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.final_linear.weight = self.word_embeddings.weight
         kind = config.position.kind
         if kind == "learned":
             self.position_embeddings = nn.Embedding(config.position.max_positions, config.hidden_size)
         self.rotary = None
         if kind == "rope":
             self.rotary = Rotary(config.position, config.head_dim, config.train_length)
-        if kind == "t5":
-            # One table for the whole model: every layer refers to the first layer's.
+        self.share_weights()
+
+    def share_weights(self) -> None:
+        """Let every place of a weight that the model has once refer to the first."""
+        if self.config.tie_word_embeddings:
+            self.final_linear.weight = self.word_embeddings.weight
+        if self.config.position.kind == "t5":
             for encoding in self.encodings:
                 encoding.weight = self.encodings[0].weight
 
@@ -106,8 +115,14 @@ class DapeForCausalLM(nn.Module):
         """The positional parameters of each layer."""
         return [layer.attention.position for layer in self.layers]
 
-    def decoder_modules(self) -> DecoderModules:
-        """Return the layers and what follows them, for backends that run them all in one call."""
+    def decoder_modules(self) -> DecoderModules | None:
+        """Return the layers and what follows them, for backends that run them all in one call.
+
+        None where q and k or v are changed on their way from the projection to the cache: such layers are
+        run one by one.
+        """
+        if self.rotary is not None or self.config.clip_qkv is not None:
+            return None
         layers = [
             DecoderLayer(
                 attention_norm=layer.input_layernorm,
@@ -119,7 +134,13 @@ class DapeForCausalLM(nn.Module):
             )
             for layer in self.layers
         ]
-        return DecoderModules(layers, self.norm, self.final_linear, self.config.parallel_residual)
+        return DecoderModules(
+            layers,
+            self.norm,
+            self.final_linear,
+            parallel_residual=self.config.parallel_residual,
+            gelu_tanh=self.config.hidden_act == "gelu_tanh",
+        )
 
     def places(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the `positions` of whole sequences int64 [..., tokens], and with BiPE their segments."""
@@ -138,6 +159,8 @@ class DapeForCausalLM(nn.Module):
         elif self.config.position.kind in ("sinusoidal", "bipe"):
             # Sinusoids for BiPE too: a segment may be longer than any that a table was trained on.
             x = x + sinusoids(positions, self.config.hidden_size).to(x.dtype)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         return x
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:

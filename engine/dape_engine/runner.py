@@ -124,10 +124,11 @@ class ModelRunner:
                 self.num_blocks * self.block_size, config.position.segment_tokens, self.device
             )
         self._decoder: Decoder | None = None
-        if model.rotary is None:
-            self._decoder = self.backend.decoder(
-                model.decoder_modules(), self.caches, self.encodings, self.max_model_len
-            )
+        modules = model.decoder_modules()
+        if modules is None:
+            logger.info("no fused decoder: it has no rotation (rope) and no clip_qkv")
+        else:
+            self._decoder = self.backend.decoder(modules, self.caches, self.encodings, self.max_model_len)
         if self._decoder is not None:
             # It has its own copy of their weights.
             model.layers = nn.ModuleList()  # type: ignore[assignment]

@@ -105,6 +105,7 @@ struct Decoder {
     float epsilon;              // of all norms
     int32_t parallel_residual;  // x + attention(norm(x)) + mlp(norm'(x))
     int32_t type;               // of activations between products: kFloat32, or kBfloat16 where the processor can
+    int32_t gelu_tanh;          // whether GELU is its tanh approximation
 };
 
 }  // namespace dape

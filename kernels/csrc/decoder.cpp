@@ -114,7 +114,7 @@ void decode(const Decoder& decoder, const Attention& batch, int64_t first, int64
         if (decoder.parallel_residual) normalise(layer.mlp_norm, normed);
         multiply(layer.dense, attended, rows, residual, kAdd, threads);
         if (!decoder.parallel_residual) normalise(layer.mlp_norm, normed);
-        multiply(layer.up, normed, rows, inner, kStoreGelu, threads);
+        multiply(layer.up, normed, rows, inner, decoder.gelu_tanh ? kStoreGeluTanh : kStoreGelu, threads);
         multiply(layer.down, inner, rows, residual, kAdd, threads);
     }
     if (last == decoder.num_layers) normalise(decoder.norm, {out, hidden, kFloat32});

@@ -32,6 +32,13 @@ Floats gelu(Floats x) {
     return where_above(x, splat(0.0f), x - tail, tail);
 }
 
+// The same by the approximation 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), of the distribution function.
+Floats gelu_tanh(Floats x) {
+    // The factor is 2 sqrt(2 / pi) log2(e); the bound keeps the exponent within the range of exp2.
+    const Floats u = x * fma(x * x, splat(0.044715f), splat(1.0f)) * splat(-2.302208198f);
+    return x / (splat(1.0f) + exp2(max(splat(-120.0f), -max(splat(-120.0f), -u))));
+}
+
 // The first `count` lanes of x at `target`.
 void store_some(float* target, Floats x, int count) {
     if (count >= kLanes) return store(target, x);
@@ -69,6 +76,7 @@ void finish(const Linear& layer, const Activations& target, Action action, int64
     if (count <= 0) return;
     if (layer.bias) x = x + load(layer.bias + output);
     if (action == kStoreGelu) x = gelu(x);
+    if (action == kStoreGeluTanh) x = gelu_tanh(x);
     if (action == kAdd) x = x + load_some(static_cast<const float*>(target.data) + row * target.stride + output, count);
     store_row(target, row, output, x, count);
 }

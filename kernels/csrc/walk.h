@@ -35,7 +35,7 @@ struct Activations {
 };
 
 // What a linear layer does with its results.
-enum Action : int32_t { kStore, kStoreGelu, kAdd };
+enum Action : int32_t { kStore, kStoreGelu, kStoreGeluTanh, kAdd };
 
 // Rows and outputs of a linear layer that are one piece of work.
 constexpr int kLinearRows = 192, kLinearOutputs = 64;

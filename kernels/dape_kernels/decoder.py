@@ -16,7 +16,7 @@ from dape_kernels.paged import RaggedBatch
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One pre-norm block: outputs [H, 3, d] of `query_key_value`, an exact GELU between `up` and `down`."""
+    """One pre-norm block: outputs [H, 3, d] of `query_key_value`, a GELU between `up` and `down`."""
 
     attention_norm: nn.LayerNorm
     query_key_value: nn.Linear
@@ -34,6 +34,8 @@ class DecoderModules:
     norm: nn.LayerNorm
     output: nn.Linear
     parallel_residual: bool
+    gelu_tanh: bool
+    """Whether GELU is its tanh approximation instead of the exact form."""
 
 
 class Decoder(Protocol):

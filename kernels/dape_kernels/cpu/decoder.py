@@ -82,6 +82,7 @@ class CpuDecoder:
             epsilon=modules.norm.eps,
             parallel_residual=modules.parallel_residual,
             type=STORAGE[self._dtype],
+            gelu_tanh=modules.gelu_tanh,
         )
         self._output = self._linear(modules.output)
 

@@ -136,6 +136,7 @@ class DecoderStruct(Structure):
         ("epsilon", c_float),
         ("parallel_residual", c_int32),
         ("type", c_int32),
+        ("gelu_tanh", c_int32),
     )
 
 
