@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dape_engine.errors import DapeError, SettingsError
-from dape_server.cli import cli, main
+from dape_server.cli import COMMANDS, cli, main
 from dape_server.cli.options import build_settings, config_option, settings_options
 from dape_server.settings import ServerSettings
 from models import TEXT, write_model
@@ -39,7 +39,7 @@ def dape(*arguments: str, **more: Any) -> Result:
 
 def test_help_lists_every_command() -> None:
     result = dape("--help")
-    for name in ("serve", "generate", "score", "evaluate", "train", "che", "visualize", "bench", "backends"):
+    for name in COMMANDS:
         assert f"  {name} " in result.output
 
 

@@ -140,20 +140,29 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files, refusing names that lead out of the folder."""
+    """Return the files of the weights."""
     index, whole = folder / WEIGHTS_INDEX, folder / WEIGHTS
     if not index.exists():
         if not whole.exists() and not whole.is_symlink():
             raise ModelFolderError(f"{folder} holds no {WEIGHTS} (only safetensors weights are read)")
         return [whole]
+    return indexed_files(index, ".safetensors")
+
+
+def indexed_files(index: Path, suffix: str) -> list[Path]:
+    """Return the files that an index of shards names, which lie beside it.
+
+    Raises:
+        ModelFolderError: the index is damaged, or a name leads out of the folder or ends in no `suffix`.
+    """
     try:
         names = list(read_json(index)["weight_map"].values())
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelFolderError(f"{index} is damaged: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
             raise ModelFolderError(f"{index} names the file {name!r}, which is not in the folder")
-    return [folder / name for name in sorted(set(names))]
+    return [index.with_name(name) for name in sorted(set(names))]
 
 
 def _share_tied(config: ModelConfig, state: dict[str, Tensor]) -> None:

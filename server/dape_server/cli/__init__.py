@@ -1,4 +1,4 @@
-"""The `dape` command: serve, generate, score, evaluate, train, che, visualize, bench, backends."""
+"""The `dape` command: serve, generate, score, evaluate, train, che, visualize, convert, bench, backends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from rich.logging import RichHandler
 
 from dape_engine.errors import DapeError
 
-COMMANDS = ("serve", "generate", "score", "evaluate", "train", "che", "visualize", "bench", "backends")
+COMMANDS = (
+    *("serve", "generate", "score", "evaluate"),
+    *("train", "che", "visualize", "convert", "bench", "backends"),
+)
 
 
 class LazyGroup(click.Group):
