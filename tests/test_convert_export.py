@@ -192,3 +192,9 @@ def test_the_folder_is_still_a_model_folder(tmp_path: Path) -> None:
         export_hf(tmp_path / "model", folder)
     with pytest.raises(ModelFolderError, match="cannot read"):
         export_hf(tmp_path, tmp_path / "new")
+
+
+def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
+    model = load(export(tmp_path))
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(IDS[None], output_attentions=True)

@@ -143,10 +143,19 @@ def test_replicas_that_differ_are_named(key: str, tmp_path: Path) -> None:
         convert(tmp_path / "source", tmp_path / "model")
 
 
-def test_dape_on_several_ranks_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "source", "kerple_c", ranks=2)
-    with pytest.raises(ModelFolderError, match=r"mlp2.*need all heads on one rank, the checkpoint has 2"):
-        convert(tmp_path / "source", tmp_path / "model")
+@pytest.mark.parametrize("name", ["kerple_c", "fire_dapev2", "nope_c"])
+def test_networks_of_all_heads_are_replicas(name: str, tmp_path: Path) -> None:
+    model = write(tmp_path / "source", name, ranks=2)
+    convert(tmp_path / "source", tmp_path / "model")
+    same_weights(model, tmp_path / "model")
+    for rank in (0, 1):  # a network for each rank's own heads is another model
+        path = tmp_path / f"source/global_step10/layer_02-model_{rank:02}-model_states.pt"
+        part = torch.load(path)
+        key = next(key for key in part if key.endswith("mlp2.0.weight"))
+        part[key] = part[key][:, : part[key].shape[1] // 2].clone()
+        torch.save(part, path)
+    with pytest.raises(ModelFolderError, match=r"mlp2\.0\.weight has shape .* with 4 heads feeds"):
+        convert(tmp_path / "source", tmp_path / "other")
 
 
 def rewrite(folder: Path, index: int, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -251,7 +260,10 @@ def second_settings(source: Path) -> None:
     [
         (remove("layer_03-model_00-model_states.pt"), "num_layers is 2, the checkpoint has 1 layers"),
         (remove("layer_05-model_00-model_states.pt"), r"lacks 2 tensor.*sequential\.5\.norm\.weight"),
-        (remove("layer_00-model_00-model_states.pt"), r"lacks sequential\.0\.word_embeddings\.weight"),
+        (
+            remove("layer_00-model_00-model_states.pt"),
+            r"lacks the tensor sequential\.0\.word_embeddings\.weight",
+        ),
         (remove("configs/model.yml"), "no training settings.*--settings"),
         (second_settings, "hidden_size is 64, and 32 elsewhere"),
         (cut, "is damaged, or older than PyTorch 1.6"),
@@ -273,6 +285,11 @@ def second_settings(source: Path) -> None:
             r"lacks 1 tensor.*sequential\.2\.mlp\.linear1\.bias",
         ),
         (tensors(2, lambda p: p.update(extra=torch.ones(2))), r"unknown 1 tensor.*sequential\.2\.extra"),
+        (tensors(0, lambda p: p.update({"word_embeddings.weight": torch.tensor(1.0)})), r"has shape \[\]"),
+        (
+            tensors(3, lambda p: p.update({"mlp.linear1.weight": torch.tensor(1.0)})),
+            r"has shape \[\], the set",
+        ),
         (lambda s: (s / "tokenizer.json").unlink(), "no tokenizer in .*--tokenizer"),
         (lambda s: (s / "latest").write_text("../x"), "names the folder '../x', which is not there"),
     ],

@@ -12,7 +12,7 @@ from dape_engine.convert.assemble import Report, assemble
 from dape_engine.convert.hf_families import FAMILIES, Family
 from dape_engine.convert.pickles import read_pickle, tensors_of
 from dape_engine.convert.result import ImportOptions, check_target, make_config, write_import
-from dape_engine.convert.stored import Checkpoint, merge, read_safetensors
+from dape_engine.convert.stored import Checkpoint, merge, read_safetensors, size_of
 from dape_engine.convert.tokenizers import find_tokenizer
 from dape_engine.errors import ModelFolderError
 from dape_engine.weights import WEIGHTS, WEIGHTS_INDEX, indexed_files
@@ -39,11 +39,9 @@ def import_hf(source: Path, target: Path, options: ImportOptions, report: Report
     family = _family(source)
     tokenizer = find_tokenizer(options.tokenizer, (source,))
     checkpoint = _one_name(family, _checkpoint(source))
-    embeddings = checkpoint.get(family.embeddings)
-    if embeddings is None:
-        raise ModelFolderError(f"{source} lacks the tensor {family.embeddings}")
-    dtype = str(embeddings.dtype).removeprefix("torch.")
-    settings = {**family.settings(), "vocab_size": embeddings.shape[0], "dtype": dtype}
+    rows = size_of(checkpoint, family.embeddings, 0)
+    dtype = str(checkpoint[family.embeddings].dtype).removeprefix("torch.")
+    settings = {**family.settings(), "vocab_size": rows, "dtype": dtype}
     config = make_config(settings, options)
     report.notes += [f"{family.model_type} of {source}", *family.notes()]
     model = assemble(config, checkpoint, family.rules(), family.ignored, report)

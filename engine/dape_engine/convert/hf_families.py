@@ -219,7 +219,7 @@ class MptAttention(BaseModel):
     prefix_lm: Literal[False] = False
     qk_ln: Literal[False] = False
     attn_uses_sequence_id: Literal[False] = False
-    alibi: Literal[True]
+    alibi: Literal[True] = True
     alibi_bias_max: Annotated[float, Field(gt=0)] = 8
 
     @model_validator(mode="after")
@@ -240,7 +240,7 @@ class Mpt(Family):
     expansion_ratio: Positive = 4
     max_seq_len: Positive = 2048
     layer_norm_epsilon: Epsilon = 1e-5
-    attn_config: MptAttention
+    attn_config: MptAttention = MptAttention()
     logit_scale: None = None
     no_bias: Literal[True] = True
     # Low precision concerns the arithmetic of training; the norm is the same.

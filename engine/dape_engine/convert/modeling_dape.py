@@ -285,9 +285,15 @@ class DapeForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         labels=None,
         logits_to_keep=0,
-        **_,
+        **more,
     ):
-        """Logits [B, M, V] of the tokens given; keys and values of earlier ones come from the cache."""
+        """Logits [B, M, V] of the tokens given; keys and values of earlier ones come from the cache.
+
+        Positions are counted from the attention mask.
+        """
+        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+            if more.get(name) is not None and more[name] is not False:
+                raise ValueError(f"{name} is not supported")
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

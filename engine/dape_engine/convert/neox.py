@@ -16,10 +16,10 @@ from torch import Tensor
 from dape_engine.config import ModelConfig
 from dape_engine.convert.assemble import Report, Rule, assemble
 from dape_engine.convert.neox_files import OUTPUT, checkpoint_folder, join_ranks, read_ranks
-from dape_engine.convert.neox_position import FIRST_LAYER, NeoxPosition, find_position
+from dape_engine.convert.neox_position import FIRST_LAYER, POSITIONS, NeoxPosition, find_position
 from dape_engine.convert.neox_settings import NeoxSettings, find_settings, load_settings
 from dape_engine.convert.result import ImportOptions, check_target, make_config, write_import
-from dape_engine.convert.stored import Checkpoint
+from dape_engine.convert.stored import Checkpoint, size_of
 from dape_engine.convert.tokenizers import end_of_text, find_tokenizer
 from dape_engine.encoding import PositionalEncoding
 from dape_engine.errors import ModelFolderError
@@ -53,7 +53,7 @@ def import_gpt_neox(source: Path, target: Path, options: ImportOptions, report: 
             f"model_parallel_size is {settings.model_parallel_size}, "
             f"{folder} holds the files of {len(ranks)} rank(s)"
         )
-    checkpoint = join_ranks(ranks, settings.hidden_size, settings.gpt_j_residual)
+    checkpoint = join_ranks(ranks, settings)
     config, found = _config(settings, checkpoint, end_of_text(tokenizer), options)
     report.notes.append(
         f"position: {found.kind}, DAPE: {found.dape or 'none'}, model parallel size {len(ranks)}"
@@ -74,10 +74,6 @@ def _config(
 ) -> tuple[ModelConfig, NeoxPosition]:
     """Return the model's settings and where its positional parameters are."""
     found = find_position(settings, checkpoint)
-    if EMBEDDINGS not in checkpoint:
-        raise ModelFolderError(f"the checkpoint lacks {EMBEDDINGS}")
-    embeddings = checkpoint[EMBEDDINGS]
-    up = next((checkpoint[name] for name in _mlp_names(checkpoint, 0, "weight") if name in checkpoint), None)
     layers = {int(name.split(".")[1]) for name in checkpoint if ".attention.dense.weight" in name}
     if len(layers) != settings.num_layers:
         raise ModelFolderError(
@@ -86,11 +82,11 @@ def _config(
     learned = found.position["max_positions"] if found.kind == "learned" else None
     config = make_config(
         {
-            "vocab_size": embeddings.shape[0],
+            "vocab_size": size_of(checkpoint, EMBEDDINGS, 0),
             "hidden_size": settings.hidden_size,
             "num_hidden_layers": settings.num_layers,
             "num_attention_heads": settings.num_attention_heads,
-            "intermediate_size": up.shape[0] if up is not None else 4 * settings.hidden_size,
+            "intermediate_size": size_of(checkpoint, _mlp_names(checkpoint, 0, "weight")[0], 0),
             "layer_norm_eps": settings.layernorm_epsilon,
             "hidden_act": "gelu_tanh" if settings.bias_gelu_fusion else "gelu",
             "parallel_residual": settings.gpt_j_residual,
@@ -99,7 +95,7 @@ def _config(
             "max_model_len": learned or max(settings.seq_length, settings.max_position_embeddings),
             "bos_token_id": end,
             "eos_token_id": end,
-            "dtype": str(embeddings.dtype).removeprefix("torch."),
+            "dtype": str(checkpoint[EMBEDDINGS].dtype).removeprefix("torch."),
             "position": found.position,
             "dape": found.dape,
         },
@@ -114,7 +110,7 @@ def _rules(
     last = FIRST_LAYER + settings.num_layers
     yield Rule("word_embeddings.weight", EMBEDDINGS)
     if found.kind == "learned":
-        yield Rule("position_embeddings.weight", "sequential.0.position_embeddings.weight")
+        yield Rule("position_embeddings.weight", POSITIONS)
     for layer in range(settings.num_layers):
         yield from _layer_rules(settings, config, checkpoint, layer)
         yield from _position_rules(config, found, checkpoint, layer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dape_engine.convert.neox_settings import NeoxSettings
 from dape_engine.convert.pickles import read_pickle, tensors_of
 from dape_engine.convert.stored import Checkpoint, Stored
 from dape_engine.errors import ModelFolderError
@@ -30,8 +31,8 @@ AXES = {
 OUTPUT = "final_linear.weight"
 # With parallel residuals each rank adds its own bias before the sum over ranks, else all add the same once.
 ROW_BIASES = ("attention.dense.bias", "mlp.linear2.bias", "mlp.dense_4h_to_h.bias")
+# Cut by heads in GPT-NeoX; the DAPE code gives each rank those of all heads.
 HEAD_PARAMETERS = ("slopes", "bias_p", "bias_a")
-WHOLE_HEADS = re.compile(r"attention\.(fire\w*\.|\w+\.mlp2\.)")
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -77,13 +78,12 @@ def read_ranks(folder: Path) -> list[Checkpoint]:
     return ranks
 
 
-def join_ranks(ranks: list[Checkpoint], hidden_size: int, parallel_residual: bool) -> Checkpoint:
+def join_ranks(ranks: list[Checkpoint], settings: NeoxSettings) -> Checkpoint:
     """Return one checkpoint out of the parts that the ranks hold.
 
     Args:
         ranks: the tensors of each rank.
-        hidden_size: h; tells along which axis the output layer is split.
-        parallel_residual: the `gpt_j_residual` of training.
+        settings: of the training run.
 
     Raises:
         ModelFolderError: a rank lacks a tensor, or the parts do not fit together.
@@ -95,24 +95,20 @@ def join_ranks(ranks: list[Checkpoint], hidden_size: int, parallel_residual: boo
         missing = [rank for rank, tensors in enumerate(ranks) if name not in tensors]
         if missing:
             raise ModelFolderError(f"tensor {name} is missing on rank {missing[0]} of {len(ranks)}")
-        joined[name] = _join(name, [tensors[name] for tensors in ranks], hidden_size, parallel_residual)
+        joined[name] = _join(name, [tensors[name] for tensors in ranks], settings)
     return joined
 
 
-def _join(name: str, parts: list[Stored], hidden_size: int, parallel_residual: bool) -> Stored:
+def _join(name: str, parts: list[Stored], settings: NeoxSettings) -> Stored:
     key = name.split(".", 2)[2]
     first = parts[0]
-    if WHOLE_HEADS.match(key):
-        raise ModelFolderError(
-            f"tensor {name}: FIRE and DAPE need all heads on one rank, the checkpoint has {len(parts)}"
-        )
     axis = AXES.get(key)
     if key == OUTPUT:
-        axis = 0 if first.shape[-1] == hidden_size else 1
-    if key.rpartition(".")[2] in HEAD_PARAMETERS:
+        axis = 0 if first.shape[1:] == (settings.hidden_size,) else 1
+    if key.rpartition(".")[2] in HEAD_PARAMETERS and first.shape[:1] != (settings.num_attention_heads,):
         axis = 0
     if axis is None:
-        summed = parallel_residual and key in ROW_BIASES
+        summed = settings.gpt_j_residual and key in ROW_BIASES
         return Stored(first.shape, first.dtype, partial(_sum if summed else _same, name, parts))
     for part in parts:
         if len(part.shape) <= axis or part.shape != first.shape or part.dtype != first.dtype:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dape_engine.convert.neox_settings import NeoxSettings
-from dape_engine.convert.stored import Checkpoint
+from dape_engine.convert.stored import Checkpoint, size_of
 from dape_engine.errors import ModelFolderError
 
 FIRST_LAYER = 2
 """Index of the first transformer layer."""
+POSITIONS = "sequential.0.position_embeddings.weight"
 
 # `pos_emb` of the settings, "capev" spelled "dapev": kind (None: the tensors tell) and version of DAPE.
 ENCODINGS: dict[str, tuple[str | None, int | None]] = {
@@ -93,7 +94,7 @@ def find_position(settings: NeoxSettings, checkpoint: Checkpoint) -> NeoxPositio
     if (dape["version"] if dape else None) != version:
         held = f"DAPE version {dape['version']}" if dape else "no DAPE"
         raise ModelFolderError(f"pos_emb is {settings.pos_emb!r}, the tensors are those of {held}")
-    return NeoxPosition(found, module, _parameters(settings, found, shapes, checkpoint), dape)
+    return NeoxPosition(found, module, _parameters(settings, found, module, checkpoint), dape)
 
 
 def _module(checkpoint: Checkpoint) -> tuple[str, dict[str, tuple[int, ...]]]:
@@ -133,19 +134,16 @@ def _dape(
     return {"version": 2, "width": shape[0], "kernel": shape[3]}
 
 
-def _parameters(
-    settings: NeoxSettings, kind: str, shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint
-) -> dict[str, Any]:
+def _parameters(settings: NeoxSettings, kind: str, module: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return `position` of config.json."""
+    prefix = f"sequential.{FIRST_LAYER}.attention.{module}."
     match kind:
         case "rope":
             return {"kind": kind, "base": settings.rotary_emb_base, "fraction": settings.rotary_pct}
-        case "fire" if "mlp.0.weight" in shapes:
-            return {"kind": kind, "mlp_width": shapes["mlp.0.weight"][0]}
+        case "fire":
+            return {"kind": kind, "mlp_width": size_of(checkpoint, f"{prefix}mlp.0.weight", 0)}
         case "cope":
-            return {"kind": kind, "max_positions": shapes["pos_emb"][-1]}
+            return {"kind": kind, "max_positions": size_of(checkpoint, f"{prefix}pos_emb", 2)}
         case "learned":
-            table = checkpoint.get("sequential.0.position_embeddings.weight")
-            count = settings.max_position_embeddings if table is None else table.shape[0]
-            return {"kind": kind, "max_positions": count}
+            return {"kind": kind, "max_positions": size_of(checkpoint, POSITIONS, 0)}
     return {"kind": kind}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from dape_engine.config import ModelConfig
@@ -83,5 +84,5 @@ def write_import(
         )
     try:
         save_model_folder(folder, model, tokenizer)
-    except OSError as error:
-        raise ModelFolderError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelFolderError(f"cannot write {folder}: {error}") from error

@@ -69,6 +69,20 @@ def _read(path: Path, name: str) -> Tensor:
         return tensor
 
 
+def size_of(checkpoint: Checkpoint, name: str, axis: int) -> int:
+    """Return the size of a tensor along an axis.
+
+    Raises:
+        ModelFolderError: there is no such tensor, or it has no such axis.
+    """
+    if name not in checkpoint:
+        raise ModelFolderError(f"the checkpoint lacks the tensor {name}")
+    shape = checkpoint[name].shape
+    if len(shape) <= axis:
+        raise ModelFolderError(f"tensor {name} has shape {list(shape)}")
+    return shape[axis]
+
+
 def merge(parts: Iterable[tuple[Path, Checkpoint]]) -> Checkpoint:
     """Join the tensors of several files.
 
