@@ -206,6 +206,15 @@ def test_tokens_and_limits_come_along(tmp_path: Path) -> None:
     assert TextTokenizer.load(tmp_path / "model", config).encode("It was")
 
 
+def test_texts_end_with_the_tokenizers_own_end_where_none_is_named(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", random_transformer("mpt"))
+    edit(source, eos_token_id=None)
+    report = convert(source, tmp_path / "model")
+    end = load_config(tmp_path / "model").eos_token_id
+    assert end == train_tokenizer(TEXT, 300).token_to_id("<|endoftext|>")
+    assert any("names no end token" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

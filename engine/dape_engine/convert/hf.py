@@ -13,7 +13,7 @@ from dape_engine.convert.hf_families import FAMILIES, Family
 from dape_engine.convert.pickles import read_pickle, tensors_of
 from dape_engine.convert.result import ImportOptions, check_target, make_config, write_import
 from dape_engine.convert.stored import Checkpoint, merge, read_safetensors, size_of
-from dape_engine.convert.tokenizers import find_tokenizer
+from dape_engine.convert.tokenizers import END_OF_TEXT, end_of_text, find_tokenizer
 from dape_engine.errors import ModelFolderError
 from dape_engine.weights import WEIGHTS, WEIGHTS_INDEX, indexed_files
 
@@ -44,6 +44,9 @@ def import_hf(source: Path, target: Path, options: ImportOptions, report: Report
     settings = {**family.settings(), "vocab_size": rows, "dtype": dtype}
     config = make_config(settings, options)
     report.notes += [f"{family.model_type} of {source}", *family.notes()]
+    if config.eos_token_id is None and end_of_text(tokenizer) is not None:
+        config = config.model_copy(update={"eos_token_id": end_of_text(tokenizer)})
+        report.notes.append(f"config.json names no end token: {END_OF_TEXT} of the tokenizer is used")
     model = assemble(config, checkpoint, family.rules(), family.ignored, report)
     _check_tied(family, checkpoint)
     write_import(target, model, tokenizer, report, options)

@@ -18,6 +18,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dape_engine.convert.assemble import Rule
+from dape_engine.convert.hf_tensors import bloom_slopes, interleave, mpt_slopes
 
 Positive = Annotated[int, Field(gt=0)]
 TokenId = int | list[int] | None
@@ -268,7 +269,7 @@ class Mpt(Family):
             yield Rule(
                 f"{here}attention.query_key_value.weight",
                 f"{there}attn.Wqkv.weight",
-                partial(_interleave, heads=self.n_heads, factor=self._query_factor),
+                partial(interleave, heads=self.n_heads, factor=self._query_factor),
                 note="heads together" + ("" if self._query_factor == 1 else ", softmax_scale in the queries"),
             )
             for target, source, size in (
@@ -335,7 +336,7 @@ class Gpt2(Family):
                 yield Rule(
                     f"{here}attention.query_key_value.{kind}",
                     f"{there}attn.c_attn.{kind}",
-                    partial(_interleave, heads=self.n_head, factor=factor, transposed=True),
+                    partial(interleave, heads=self.n_head, factor=factor, transposed=True),
                     note="transposed, heads together"
                     + ("" if factor == 1 else f", queries times {factor:g}"),
                 )
@@ -348,27 +349,6 @@ class Gpt2(Family):
 
 
 FAMILIES: dict[str, type[Family]] = {"gpt_neox": GptNeox, "bloom": Bloom, "mpt": Mpt, "gpt2": Gpt2}
-
-
-def bloom_slopes(heads: int) -> Tensor:
-    """Return BLOOM's slopes [H], powers in float32 of a rounded base."""
-    power = 2 ** math.floor(math.log2(heads))
-
-    def powers(count: int, exponents: range) -> Tensor:
-        return torch.tensor(2.0 ** (-8 / count), dtype=torch.float32) ** torch.tensor(exponents)
-
-    rest = powers(2 * power, range(1, 2 * (heads - power) + 1, 2))
-    return torch.cat([powers(power, range(1, power + 1)), rest])
-
-
-def mpt_slopes(heads: int, bias_max: float) -> Tensor:
-    """Return MPT's slopes [H]: 2^(-bias_max t / P), t = 1..P, P the power of two from H on.
-
-    Where P is above H, those of even t go first.
-    """
-    power = 2 ** math.ceil(math.log2(heads))
-    slopes = 2.0 ** -(torch.arange(1, power + 1, dtype=torch.float32) * (bias_max / power))
-    return slopes if power == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
 
 
 def _first(token: TokenId) -> int | None:
@@ -395,19 +375,3 @@ def _slopes(layer: int, slopes: Tensor) -> Rule:
     return Rule(
         f"layers.{layer}.attention.position.slopes", "", absent=slopes.clone, note="by the family's formula"
     )
-
-
-def _interleave(qkv: Tensor, heads: int, factor: float, transposed: bool = False) -> Tensor:
-    """Bring [3, H, d] outputs into the order [H, 3, d], with queries multiplied by a factor.
-
-    Args:
-        qkv: weights [3h, h], or [h, 3h] where they are `transposed`, or biases [3h].
-        heads: H.
-        factor: 1, or what makes up for another scale of the scores.
-        transposed: whether the inputs come first.
-    """
-    rows = qkv.t() if transposed else qkv
-    parts: Tensor = rows.unflatten(0, (3, heads, -1)).transpose(0, 1).clone()
-    if factor != 1:
-        parts[:, 0] *= factor
-    return parts.flatten(0, 2)
