@@ -277,9 +277,30 @@ def damage_index(source: Path) -> None:
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
 
 
+def replace(name: str, tensor: torch.Tensor) -> Callable[[Path], Any]:
+    def damage(source: Path) -> None:
+        tensors = load_file(source / "model.safetensors")
+        save_file({**tensors, f"transformer.{name}": tensor}, source / "model.safetensors")
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (
+            replace("h.0.attn.c_attn.weight", torch.ones(48, 50)),
+            r"c_attn\.weight has shape \[48, 50\], which does",
+        ),
+        (
+            replace("h.0.mlp.c_fc.weight", torch.ones(2, 2, 2)),
+            r"c_fc\.weight has shape \[2, 2, 2\], which does",
+        ),
+        (
+            replace("h.1.mlp.c_fc.bias", torch.ones(192).to(torch.int8)),
+            r"bias is torch\.int8, expected a float",
+        ),
+        (replace("wte.weight", torch.tensor(1.0)), r"wte\.weight has shape \[\]"),
         (untie, "lm_head.weight differs from wte.weight"),
         (damage_weights, "is damaged"),
         (damage_index, "not in the folder"),

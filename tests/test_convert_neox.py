@@ -291,6 +291,8 @@ def second_settings(source: Path) -> None:
             r"has shape \[\], the set",
         ),
         (lambda s: (s / "tokenizer.json").unlink(), "no tokenizer in .*--tokenizer"),
+        (lambda s: (s / "latest").write_text(".."), "names the folder '..', which is not there"),
+        (lambda s: [path.unlink() for path in s.glob("*/*.pt")], "holds neither layer_00"),
         (lambda s: (s / "latest").write_text("../x"), "names the folder '../x', which is not there"),
     ],
 )

@@ -104,7 +104,7 @@ def assemble(
         stored = checkpoint.get(rule.source)
         if stored is not None:
             used.add(rule.source)
-            values = stored.read() if rule.change is None else rule.change(stored.read())
+            values = _changed(rule, stored.read())
             report.add("used", rule.source, rule.target, stored, rule.note)
         elif rule.absent is not None:
             values = rule.absent()
@@ -117,6 +117,8 @@ def assemble(
             raise ModelFolderError(
                 f"tensor {rule.source} has shape {list(values.shape)}, the settings ask for {list(shape)}"
             )
+        if expected[rule.target].is_floating_point() and not values.is_floating_point():
+            raise ModelFolderError(f"tensor {rule.source} is {values.dtype}, expected a float type")
         if values.is_floating_point():
             narrow = ".position." not in rule.target
             values = values.to(getattr(torch, config.dtype) if narrow else torch.float32)
@@ -129,6 +131,17 @@ def assemble(
     model.load_state_dict(state, strict=False, assign=True)
     model.share_weights()
     return model
+
+
+def _changed(rule: Rule, values: Tensor) -> Tensor:
+    if rule.change is None:
+        return values
+    try:
+        return rule.change(values)
+    except RuntimeError as error:  # the library's own checks of shapes
+        raise ModelFolderError(
+            f"tensor {rule.source} has shape {list(values.shape)}, which does not fit the settings"
+        ) from error
 
 
 def _initial(config: ModelConfig) -> dict[str, Tensor]:

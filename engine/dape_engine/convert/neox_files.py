@@ -43,17 +43,21 @@ def checkpoint_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ModelFolderError(f"no checkpoint folder {str(path)!r}")
-    if _files(path, LAYER_FILE) or _files(path, RANK_FILE):
-        return path
-    latest = path / "latest"
-    if latest.is_file():
+    folder, latest = path, path / "latest"
+    if not _has_weights(folder) and latest.is_file():
         name = latest.read_text(encoding="utf-8", errors="replace").strip()
-        if Path(name).name == name and (path / name).is_dir():
-            return checkpoint_folder(path / name)
-        raise ModelFolderError(f"{latest} names the folder {name!r}, which is not there")
-    raise ModelFolderError(
-        f"{path} holds neither layer_00-model_00-model_states.pt nor mp_rank_00_model_states.pt"
-    )
+        folder = path / name
+        if Path(name).name != name or name == ".." or not folder.is_dir():
+            raise ModelFolderError(f"{latest} names the folder {name!r}, which is not there")
+    if not _has_weights(folder):
+        raise ModelFolderError(
+            f"{folder} holds neither layer_00-model_00-model_states.pt nor mp_rank_00_model_states.pt"
+        )
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    return bool(_files(folder, LAYER_FILE) or _files(folder, RANK_FILE))
 
 
 def read_ranks(folder: Path) -> list[Checkpoint]:
