@@ -152,7 +152,8 @@ def test_half_precision_keeps_the_position_wide(tmp_path: Path) -> None:
     assert model.final_linear.weight.dtype == torch.bfloat16
     assert model.layers[0].attention.position.bias_p.dtype == torch.float32
     wanted = stepped_logits(make_runner(tmp_path / "model"), IDS.tolist(), [40])
-    assert (model(IDS[None]).logits[0] - wanted).abs().max() < 0.05 * wanted.abs().max()
+    for narrow in (model, model.bfloat16(), model.half()):
+        assert (narrow(IDS[None]).logits[0] - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 ALONE = """

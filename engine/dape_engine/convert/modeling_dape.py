@@ -127,6 +127,7 @@ class Position(nn.Module):
             before: bool [B, 1, 1, N], padding on the left of a sequence.
             table: T5's weights, which the first layer has for all.
         """
+        self.float()  # biases are never half precision, whatever model.half() made of them
         if self.kind == "cope":
             return scores + self.cope(scores, unscaled_query, visible)
         bias = self.bias(queries[:, :, None], keys[:, None, :], table)
@@ -154,20 +155,20 @@ class Position(nn.Module):
         """The static bias [B, H, M, N] of queries i and keys j, float32; None without one."""
         n = (i - j).clamp_min(0)[:, None]
         if self.kind == "alibi":
-            return -self.slopes.float().view(-1, 1, 1) * n
+            return -self.slopes.view(-1, 1, 1) * n
         if self.kind == "kerple":
-            return -self.bias_p.float().clamp_min(0.01) * torch.log1p(self.bias_a.float().clamp_min(0.01) * n)
+            return -self.bias_p.clamp_min(0.01) * torch.log1p(self.bias_a.clamp_min(0.01) * n)
         if self.kind == "kerple_power":
-            power = n.clamp_min(1).float() ** self.bias_p.float().clamp(0.01, 2.0)
-            return torch.where(n > 0, -self.bias_a.float().clamp_min(0.01) * power, 0.0)
+            power = n.clamp_min(1).float() ** self.bias_p.clamp(0.01, 2.0)
+            return torch.where(n > 0, -self.bias_a.clamp_min(0.01) * power, 0.0)
         if self.kind == "fire":
-            threshold = (self.L_multiplier.float() * self.init_L).abs()
+            threshold = (self.L_multiplier * self.init_L).abs()
             ratio = self.psi(n) / (self.psi(torch.maximum(i[:, None].float(), threshold)) + 1e-6)
-            return self.mlp.float()(ratio[..., None])[:, 0].movedim(-1, 1)
+            return self.mlp(ratio[..., None])[:, 0].movedim(-1, 1)
         if self.kind == "t5":
             far = 15 + torch.bucketize(n, torch.tensor(T5_STARTS, device=n.device), right=True)
             bucket = torch.where(n < 16, n, far)[:, 0]
-            return table.float()[bucket].movedim(-1, 1) * math.sqrt(self.head_dim)
+            return table[bucket].movedim(-1, 1) * math.sqrt(self.head_dim)
         if self.kind == "sandwich":
             t = torch.arange(1, self.dimension // 2 + 1, device=n.device, dtype=torch.float64)
             waves = sum(torch.cos(n.double() / 10000.0 ** (2 * x / self.dimension)) for x in t)
@@ -177,13 +178,13 @@ class Position(nn.Module):
 
     def psi(self, x):
         """FIRE's logarithm."""
-        return torch.log(torch.abs(self.c.float() * x) + 1)
+        return torch.log(torch.abs(self.c * x) + 1)
 
     def cope(self, scores, query, visible):
         """CoPE: a bias read at the sum of the gates from the key to the query."""
         gates = torch.sigmoid(scores) * visible
         place = gates.flip(-1).cumsum(-1).flip(-1).clamp_max(self.pos_emb.shape[-1] - 1)
-        logits = query.float() @ self.pos_emb[0].float()
+        logits = query.float() @ self.pos_emb[0]
         floor, ceil = place.floor(), place.ceil()
         share = place - floor
         return logits.gather(-1, ceil.long()) * share + logits.gather(-1, floor.long()) * (1 - share)
