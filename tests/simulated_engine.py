@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from random import Random
 
 from dape_engine.cache import BlockPool, extend_block_keys
 from dape_engine.request import SamplingParams, TokenLogprob
 from dape_engine.scheduler import Scheduler
 from dape_engine.sequence import Sequence
+from dape_engine.speculation import PromptLookup, SpeculativeConfig, Speculator, verified
 from dape_engine.step import Chunk, Step
 
 
 def next_token(prefix: tuple[int, ...]) -> int:
     """Stand for a model: the next token depends on every token before it, and only on them."""
     return (sum((place + 1) * token for place, token in enumerate(prefix)) + len(prefix)) % 3
+
+
+class HalfRight(PromptLookup):
+    """Proposes some tokens that the simulated model gives, then some that it may not give, all as certain."""
+
+    def __init__(self, seed: int):
+        super().__init__(SpeculativeConfig())
+        self._random = Random(seed)
+
+    def propose(self, tokens: list[int]) -> tuple[list[int], list[float]]:
+        proposed: list[int] = []
+        for _ in range(self._random.randrange(5)):
+            proposed.append(next_token((*tokens, *proposed)))
+        proposed += self._random.choices(range(3), k=self._random.randrange(3))
+        return proposed, [1.0] * len(proposed)
 
 
 def pairs(chunk: Chunk) -> int:
@@ -52,14 +70,22 @@ class SimulatedEngine:
         )
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.unfinished: list[Sequence] = []
-        self.rows_scored = 0
+        self.speculator = Speculator(self.scheduler, max_num_batched_tokens)
+        self.rows_scored = self.accepted = 0
         self.admitted: list[Sequence] = []
 
     def generate(
-        self, tokens: list[int], max_tokens: int = 1, priority: int = 0, tenant: str = ""
+        self,
+        tokens: list[int],
+        max_tokens: int = 1,
+        priority: int = 0,
+        tenant: str = "",
+        lookup: PromptLookup | None = None,
     ) -> Sequence:
         sampling = SamplingParams(max_tokens=max_tokens)
-        return self.add(Sequence("g", list(tokens), sampling, priority=priority, tenant=tenant))
+        return self.add(
+            Sequence("g", list(tokens), sampling, priority=priority, tenant=tenant, lookup=lookup)
+        )
 
     def score(
         self, tokens: list[int], score_from: int = 1, priority: int = 1, tenant: str = "", top: int = 0
@@ -84,6 +110,7 @@ class SimulatedEngine:
         computed = {sequence: sequence.num_computed for sequence in self.scheduler.running}
         decoding = [sequence for sequence in self.scheduler.running if sequence.is_decoding]
         step = self.scheduler.schedule(background_pairs)
+        step = replace(step, chunks=self.speculator.extend(step.chunks))
         self.scheduler.check_invariants()
         self.check(step, computed, decoding)
         during()
@@ -119,7 +146,8 @@ class SimulatedEngine:
             assert taken % self.pool.block_size == 0
             assert not taken or chunk.start <= chunk.sequence.first_needed_row
             assert chunk.count >= 1
-            assert chunk.start + chunk.count <= chunk.sequence.num_rows
+            assert chunk.end <= chunk.sequence.num_rows
+            assert chunk.start + chunk.count <= chunk.sequence.max_rows
         prefills = [chunk for chunk in step.chunks if not chunk.sequence.is_decoding]
         if len(prefills) < len(step.chunks) and prefills:
             overdraft = pairs(min(prefills, key=lambda chunk: running.index(chunk.sequence)))
@@ -140,18 +168,19 @@ class SimulatedEngine:
 
     def compute(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self.pool.block_size
+        known = (*sequence.tokens[: chunk.end], *chunk.proposed)
         for position in range(chunk.start, chunk.start + chunk.count):
             block = sequence.blocks[position // size]
             holders = [other for other in self.scheduler.running if block in other.blocks]
             assert holders in ([sequence], []), "a block that is written is shared"
-            self.memory[block, position % size] = tuple(sequence.tokens[: position + 1])
+            self.memory[block, position % size] = known[: position + 1]
         end = chunk.start + chunk.count
         for position in range(end):
             slot = sequence.blocks[position // size], position % size
-            assert self.memory[slot] == tuple(sequence.tokens[: position + 1])
+            assert self.memory[slot] == known[: position + 1]
 
     def advance(self, chunk: Chunk) -> None:
-        sequence, end = chunk.sequence, chunk.start + chunk.count
+        sequence, end = chunk.sequence, chunk.end
         if sequence.score_from is not None:
             first = max(chunk.start, sequence.score_from + sequence.num_scored - 1)
             for row in range(first, min(end, sequence.prompt_length - 1)):
@@ -161,11 +190,21 @@ class SimulatedEngine:
         if end < sequence.num_rows:
             return
         if sequence.sampling is not None:
-            sequence.tokens.append(next_token(tuple(sequence.tokens)))
+            self.draw(chunk)
         if sequence.sampling is None or sequence.num_generated == sequence.sampling.max_tokens:
             self.scheduler.finish(sequence)
             self.unfinished.remove(sequence)
             self.check_answer(sequence)
+
+    def draw(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        read = [(*sequence.tokens, *chunk.proposed[:count]) for count in range(len(chunk.proposed) + 1)]
+        drawn = verified([TokenLogprob(next_token(prefix), 0.0) for prefix in read], chunk.proposed)
+        self.accepted += len(drawn) - 1
+        sequence.tokens += [token.token_id for token in drawn]
+        if chunk.proposed:
+            self.scheduler.settle(chunk)
+        assert len(sequence.blocks) == self.pool.blocks_for(sequence.num_computed)
 
     def check_answer(self, sequence: Sequence) -> None:
         expected = sequence.tokens[: sequence.prompt_length]

@@ -41,6 +41,10 @@ VLLM = [
     "iteration_tokens_total",
     "request_num_preemptions",
     "request_prefill_kv_computed_tokens",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_accepted_tokens_per_pos",
 ]
 """Names that dashboards made for vLLM ask for, after its prefix."""
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dape_engine.errors import QueueFullError, RequestError
 from dape_engine.request import SamplingParams
 from dape_engine.sequence import Sequence
-from simulated_engine import SimulatedEngine
+from simulated_engine import HalfRight, SimulatedEngine
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -24,14 +24,17 @@ def test_a_storm_in_a_tiny_pool_ends_with_every_answer_right(seed: int) -> None:
     random = Random(seed)
     engine = SimulatedEngine(28, 1 + seed, max_num_seqs=6, max_num_batched_tokens=9)
     preempted = hits = 0
-    for _ in range(400):
+    for arrival in range(400):
         if random.random() < 0.3 and len(engine.unfinished) < 20:
             tokens = random.choices((0, 1), (9, 1), k=random.randint(2, 8))
             if random.random() < 0.3:
                 engine.score(tokens, score_from=random.randint(1, len(tokens) - 1))
             else:
                 engine.generate(
-                    tokens, max_tokens=random.randint(1, 20) * (1 + seed), priority=random.randint(0, 1)
+                    tokens,
+                    max_tokens=random.randint(1, 20) * (1 + seed),
+                    priority=random.randint(0, 1),
+                    lookup=HalfRight(arrival) if random.random() < 0.5 else None,
                 )
         if engine.unfinished and random.random() < 0.03:
             engine.step(during=partial(engine.abort, random.choice(engine.unfinished)))
@@ -41,6 +44,7 @@ def test_a_storm_in_a_tiny_pool_ends_with_every_answer_right(seed: int) -> None:
     engine.run()
     assert preempted > 10
     assert hits > 50
+    assert engine.accepted > 100
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -73,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         top=st.integers(0, 1),
         tenant=st.sampled_from("abc"),
         copies=st.integers(1, 4),
+        speculates=st.booleans(),
     )
     def arrive(
         self,
@@ -83,17 +88,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         top: int,
         tenant: str,
         copies: int,
+        speculates: bool,
     ) -> None:
         """Generation where max_tokens is not 0, scoring where score_from is inside the text, or both."""
         sampling = SamplingParams(max_tokens=max_tokens) if max_tokens else None
         if score_from is not None and score_from >= len(tokens):
             score_from = None
-        for _ in range(copies):
+        for copy in range(copies):
             waiting = self.engine.scheduler.waiting
             # Of the reserve of 2 only those may take of whom none waits to be admitted.
             heard = any(other.tenant == tenant for other in waiting if other not in self.preempted)
             limit = 8 if heard or not waiting else 10
             sequence = Sequence("r", list(tokens), sampling, score_from, priority, top, tenant)
+            sequence.lookup = HalfRight(copy) if speculates else None
             fits = self.engine.pool.blocks_for(sequence.max_rows) <= self.engine.pool.num_blocks
             if len(waiting) < limit and sequence.num_rows and fits:
                 self.engine.add(sequence)
@@ -124,7 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def fail_a_step(self) -> None:
-        for chunk in self.engine.scheduler.schedule().chunks:
+        for chunk in self.engine.speculator.extend(self.engine.scheduler.schedule().chunks):
             self.engine.abort(chunk.sequence)
 
     @invariant()

@@ -39,6 +39,7 @@ from dape_engine.request import (
 )
 from dape_engine.runner import ModelRunner
 from dape_engine.scheduler import Scheduler
+from dape_engine.speculation import Speculator
 from dape_engine.tokenizer import TextTokenizer
 from dape_engine.weights import load_config, load_model
 
@@ -84,7 +85,7 @@ class AsyncEngine(StepLoop):
             max_num_queued_reqs=options.max_num_queued_reqs,
             max_num_queued_tokens=options.max_num_queued_tokens,
         )
-        super().__init__(scheduler, runner, observer)
+        super().__init__(scheduler, runner, Speculator(scheduler, options.max_num_batched_tokens), observer)
 
     def start(self) -> None:
         """Start the thread of steps."""
@@ -137,7 +138,8 @@ class AsyncEngine(StepLoop):
                 f"is {total} tokens, above the limit of {self.max_model_len}",
                 param="max_tokens" if len(request.prompt) < self.max_model_len else "prompt",
             )
-        job = GenerationJob(request, self.tokenizer, self.config.vocab_size)
+        speculation = request.speculation or self.options.speculative_config
+        job = GenerationJob(request, self.tokenizer, self.config.vocab_size, speculation)
         async with aclosing(self._drive(job)) as items:
             async for item in items:
                 yield cast("GenerationOutput", item)

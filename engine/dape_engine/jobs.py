@@ -34,6 +34,7 @@ from dape_engine.request import (
 from dape_engine.runner import ChunkResult
 from dape_engine.sampling import SamplerState
 from dape_engine.sequence import Sequence
+from dape_engine.speculation import PromptLookup, SpeculativeConfig
 from dape_engine.tokenizer import TextTokenizer
 
 # Windows of one scoring request that run side by side: enough to fill a batch with short ones, few
@@ -163,10 +164,20 @@ class GenerationJob(Job):
 
     kind = "generate"
 
-    def __init__(self, request: GenerationRequest, tokenizer: TextTokenizer, vocab_size: int) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        tokenizer: TextTokenizer,
+        vocab_size: int,
+        speculation: SpeculativeConfig | None = None,
+    ) -> None:
         super().__init__(request.request_id, request.scheduling)
         self.request = request
         sampling = request.sampling
+        lookup = None
+        # A grammar knows what may come next, not what may come after that.
+        if speculation is not None and speculation.num_speculative_tokens and request.constraint is None:
+            lookup = PromptLookup(speculation)
         self.sequence = Sequence(
             request.request_id,
             list(request.prompt),
@@ -177,6 +188,7 @@ class GenerationJob(Job):
             priority=request.scheduling.priority,
             tenant=request.scheduling.tenant,
             cache_salt=request.scheduling.cache_salt,
+            lookup=lookup,
         )
         self.state = SamplerState(
             sampling, request.prompt, tokenizer.eos_token_id, vocab_size, request.constraint
@@ -197,8 +209,11 @@ class GenerationJob(Job):
         if sequence.sampling is None and sequence.num_remaining == 0:
             self._emit(GenerationOutput("", (), finish_reason="length"))
             self.finish("length")
-        if result.sampled is not None:
-            self._grow(result.sampled)
+        for count, token in enumerate(result.drawn, 1):
+            self._grow(token)
+            if self.finish_reason is not None:
+                # What was drawn behind the end is no part of the text.
+                del result.drawn[count:]
         return self.finish_reason is not None
 
     def _grow(self, sampled: TokenLogprob) -> None:

@@ -27,6 +27,7 @@ from dape_engine.runner import ChunkResult, ModelRunner, Pass
 from dape_engine.sampling import SamplerState
 from dape_engine.scheduler import Scheduler
 from dape_engine.sequence import Sequence
+from dape_engine.speculation import Speculator
 from dape_engine.step import Chunk, Step, pairs
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,11 @@ class Flight:
 class StepLoop:
     """One scheduler, one runner and the thread that drives both."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, observer: Observer | None):
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, speculator: Speculator, observer: Observer | None
+    ):
         self._scheduler = scheduler
+        self._speculator = speculator
         self._runner = runner
         self._observer = observer
         self._pace = Pace()
@@ -164,14 +168,16 @@ class StepLoop:
             if not self._jobs:
                 return True
             step = self._scheduler.schedule(self._pace.background_pairs(self._runner.num_layers, started))
-            decoding = any(chunk.sequence.is_decoding for chunk in step.chunks)
-            ahead, behind = _split(step.chunks) if decoding else (step.chunks, [])
-            states = self._begin(step.chunks, started)
+            planned = self._speculator.extend(step.chunks)
+            decoding = any(chunk.sequence.is_decoding for chunk in planned)
+            ahead, behind = _split(planned) if decoding else (planned, [])
+            states = self._begin(planned, started)
         computing = time.monotonic()
         results = self._compute(ahead, states)
         computed = time.monotonic()
         model_seconds = computed - computing
         self._pace.observe(ahead, computed - started, computed)
+        self._speculator.observe(ahead, computed - started)
         gaps = self._apply(ahead, results)
         flying = time.monotonic()
         landed, landed_results = self._fly(behind, states, hurry=not decoding)
@@ -247,8 +253,7 @@ class StepLoop:
         """Let inspections see their rows before the blocks are given back."""
         for chunk, result in zip(chunks, results, strict=True):
             sequence, job = chunk.sequence, self._jobs.get(chunk.sequence)
-            ends = chunk.start + chunk.count == sequence.num_rows and result.error is None
-            if ends and isinstance(job, InspectionJob):
+            if chunk.is_last and result.error is None and isinstance(job, InspectionJob):
                 job.look(sequence, self._runner)
 
     def _begin(self, chunks: list[Chunk], now: float) -> dict[Sequence, SamplerState]:
@@ -283,7 +288,7 @@ class StepLoop:
                 if job is None:
                     continue  # aborted while the model ran
                 touched[job] = None
-                if result.sampled is not None and (gap := job.token_gap(now)) is not None:
+                if result.drawn and (gap := job.token_gap(now)) is not None:
                     gaps.append(gap)
                 chunk.sequence.scored += result.scored
                 self._scheduler.keep_scores(chunk.sequence)
@@ -294,6 +299,8 @@ class StepLoop:
                     del touched[job]
                     self._fail([job], StepError(f"the result cannot be used: {type(error).__name__}"))
                     continue
+                if chunk.proposed:
+                    self._scheduler.settle(chunk)
                 if done:
                     self._retire(chunk.sequence, job)
             Mailbox.flush(job.mailbox for job in touched)
@@ -341,11 +348,16 @@ def _step_stats(
         seconds=seconds,
         num_tokens=sum(chunk.count for chunk in chunks),
         num_prefill_tokens=sum(c.count for c in chunks if c.start < c.sequence.prompt_length),
-        num_generated_tokens=sum(result.sampled is not None for result in results),
+        num_generated_tokens=sum(len(result.drawn) for result in results),
         num_scored_tokens=sum(len(result.scored) for result in results),
         num_preempted=len(step.preempted) + len(step.yielded),
         prefix_queries=step.prefix_queries,
         prefix_hits=step.prefix_hits,
         inter_token_seconds=tuple(gaps),
         model_seconds=model_seconds,
+        drafts=tuple(
+            (len(chunk.proposed), max(len(result.drawn) - 1, 0))
+            for chunk, result in zip(chunks, results, strict=True)
+            if chunk.proposed
+        ),
     )

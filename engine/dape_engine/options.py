@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
 
 from dape_engine.config import MAX_SIZE
+from dape_engine.speculation import SpeculativeConfig
 
 Positive = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 MAX_THREADS = 1024
+
+
+def _as_json(value: Any) -> Any:
+    """Read an object that was given as JSON text."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class EngineOptions(BaseModel):
@@ -48,5 +55,8 @@ class EngineOptions(BaseModel):
     """On a GPU: launch decode steps as captured graphs."""
     block_size: Positive = 16
     """Tokens of one cache block."""
+    speculative_config: Annotated[SpeculativeConfig | None, BeforeValidator(_as_json)] = None
+    """Speculative decoding of requests that do not choose for themselves, as JSON:
+    {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}."""
     threads: Annotated[int, Field(gt=0, le=MAX_THREADS)] | None = None
     """CPU threads; by default torch's choice."""

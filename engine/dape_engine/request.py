@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from dape_engine.grammar import Constraint
+    from dape_engine.speculation import SpeculativeConfig
 
 FinishReason = Literal["stop", "length", "abort"]
 TIMED_OUT = "timeout"
@@ -74,6 +75,8 @@ class GenerationRequest:
     scheduling: Scheduling = Scheduling()
     constraint: Constraint | None = None
     """What the text must match, compiled for this one completion."""
+    speculation: SpeculativeConfig | None = None
+    """How tokens are proposed; None: as the engine does for all."""
     report_progress: bool = False
     """Also yield an output without tokens after each step that reads a part of the prompt."""
 
@@ -207,9 +210,11 @@ class StepStats:
     """Prompt tokens looked up in the prefix cache by requests first scheduled in this step."""
     prefix_hits: int
     inter_token_seconds: tuple[float, ...] = field(default=())
-    """Time since the previous token, one per sequence that gained a token after its first."""
+    """Time since the previous token, one per sequence that gained tokens after its first."""
     model_seconds: float = 0.0
     """Of `seconds`, those of the model, the sampler and the scorer."""
+    drafts: tuple[tuple[int, int], ...] = ()
+    """Tokens proposed and, of these, accepted, one per sequence with a proposal."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from dape_engine.request import TokenLogprob
 from dape_engine.sampling import SamplerState, sample
 from dape_engine.segments import SegmentCache
 from dape_engine.sequence import Sequence
+from dape_engine.speculation import verified
 from dape_engine.step import Chunk
 from dape_kernels.attention import paged_attention, select_backend
 from dape_kernels.decoder import Decoder
@@ -37,12 +38,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What one chunk of rows gave: log-probabilities of prompt tokens, and the next token at its end."""
+    """What one chunk of rows gave: log-probabilities of prompt tokens, and the next tokens at its end."""
 
     scored: list[TokenLogprob] = field(default_factory=list)
     """The tokens that follow the chunk's rows, from the first one wanted."""
-    sampled: TokenLogprob | None = None
-    """The next token, where the chunk ends the sequence and it generates."""
+    drawn: list[TokenLogprob] = field(default_factory=list)
+    """Where the chunk ends the sequence and it generates: those proposed tokens that were drawn as well, one
+    after another, and the next one."""
     error: StepError | None = None
     """What this chunk failed with, even when computed alone."""
 
@@ -114,9 +116,7 @@ class ModelRunner:
                 for _ in range(config.num_hidden_layers)
             ]
         except (RuntimeError, MemoryError) as error:
-            raise SettingsError(
-                f"kv_cache_memory: {memory} bytes cannot be allocated"
-            ) from error
+            raise SettingsError(f"kv_cache_memory: {memory} bytes cannot be allocated") from error
         self.segments: SegmentCache | None = None
         """With BiPE, where the cached tokens lie."""
         if config.position.kind == "bipe":
@@ -159,7 +159,7 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.takes(chunks):
                 scores = self.graphs.logits(chunks)
                 drawn = sample(scores, [states[chunk.sequence] for chunk in chunks])
-                return [ChunkResult(sampled=token) for token in drawn]
+                return [ChunkResult(drawn=[token]) for token in drawn]
             work = self.begin(chunks)
             self.advance(work, self.num_layers)
             return self.finish(work, states)
@@ -171,7 +171,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compute attention once in every kind of batch, so that no request waits for a compiler."""
-        config, longest = self.model.config, min(WARM_CONTEXT, self._max_model_len)
+        config, longest = self.model.config, min(WARM_CONTEXT, self.max_model_len)
         shape = (config.num_attention_heads, config.head_dim)
         dtype = self.model.word_embeddings.weight.dtype
         tables = torch.zeros(1, -(-longest // self.block_size), dtype=torch.int32, device=self.device)
@@ -205,14 +205,15 @@ class ModelRunner:
     @torch.inference_mode()
     def begin(self, chunks: abc.Sequence[Chunk]) -> Pass:
         """Pack the rows of chunks and embed their tokens; `advance` then takes them through the layers."""
-        spans = [(c.sequence, range(c.start, c.start + c.count)) for c in chunks]
         token_ids = torch.tensor(
-            [t for sequence, span in spans for t in sequence.tokens[span.start : span.stop]],
+            [t for c in chunks for t in (*c.sequence.tokens[c.start : c.end], *c.proposed)],
             device=self.device,
         )
         batch = self._batch(chunks)
         if self.segments is None:
-            positions = torch.tensor([p for _, span in spans for p in span], device=self.device)
+            positions = torch.tensor(
+                [p for c in chunks for p in range(c.start, c.start + c.count)], device=self.device
+            )
         else:
             positions = self.segments.add(chunks, batch, token_ids)
         hidden = self.model.embed(token_ids, positions)
@@ -313,23 +314,30 @@ class ModelRunner:
         states: Mapping[Sequence, SamplerState],
         results: list[ChunkResult],
     ) -> None:
-        """Draw the next token of every sequence whose last row is among the chunks."""
+        """Draw the next tokens of every sequence whose last row is among the chunks."""
         ending = [
             index
             for index, chunk in enumerate(chunks)
-            if chunk.sequence.sampling is not None and chunk.start + chunk.count == chunk.sequence.num_rows
+            if chunk.sequence.sampling is not None and chunk.is_last
         ]
         if not ending:
             return
-        rows = [batch.query_starts[index + 1] - 1 for index in ending]
+        rows: list[int] = []
+        row_states: list[SamplerState] = []
+        for index in ending:
+            proposed, behind = chunks[index].proposed, batch.query_starts[index + 1]
+            rows += range(behind - 1 - len(proposed), behind)
+            state = states[chunks[index].sequence]
+            row_states += [state, *(state.behind(proposed[:count]) for count in range(1, len(proposed) + 1))]
         last = hidden[rows]
         if self._decoder is not None:
             scores = self._decoder.logits(last)
         else:
             scores = logits(last, self.model.final_linear.weight)
-        drawn = sample(scores, [states[chunks[index].sequence] for index in ending])
-        for index, token in zip(ending, drawn, strict=True):
-            results[index].sampled = token
+        drawn = iter(sample(scores, row_states))
+        for index in ending:
+            proposed = chunks[index].proposed
+            results[index].drawn = verified(list(islice(drawn, 1 + len(proposed))), proposed)
 
 
 def _run_again(work: Callable[[], None]) -> Callable[[], None]:

@@ -10,6 +10,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
+from copy import copy
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +53,9 @@ class SamplerState:
         self.constraint = constraint
         self.num_generated = 0
         self._random = random.Random(params.seed)
-        self._drawn = (-1, 0.0)
+        # Numbers for the next tokens, as far as they are known, of which this state has the one at `_ahead`.
+        self._numbers = deque[float]()
+        self._ahead = 0
         _check_ids("logit_bias", dict(params.logit_bias), vocab_size)
         for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
             _check_ids(name, getattr(params, name), vocab_size)
@@ -145,6 +148,8 @@ class SamplerState:
         """Count a generated token."""
         self.num_generated += 1
         self._tail.append(token)
+        if self._numbers:
+            self._numbers.popleft()
         if self.constraint is not None:
             self.constraint.append(token)
         if self.penalises:
@@ -152,9 +157,26 @@ class SamplerState:
 
     def uniform(self) -> float:
         """Return the number in [0, 1) that draws the next token, the same one until it is appended."""
-        if self._drawn[0] != self.num_generated:
-            self._drawn = (self.num_generated, self._random.random())
-        return self._drawn[1]
+        while len(self._numbers) <= self._ahead:
+            self._numbers.append(self._random.random())
+        return self._numbers[self._ahead]
+
+    def behind(self, tokens: Sequence[int]) -> SamplerState:
+        """Return the state as it will be if tokens are appended, for one draw before that is known.
+
+        Only without a constraint, which has no way back.
+        """
+        if not self.adjusts and self.params.temperature < GREEDY_BELOW:
+            return self
+        state = copy(self)
+        state._ahead += len(tokens)
+        state.num_generated += len(tokens)
+        state._tail = deque((*self._tail, *tokens), maxlen=self._tail.maxlen)
+        if self.penalises:
+            state.counts = self.counts.clone()
+            for token in tokens:
+                state.counts[token] += 1
+        return state
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device, where they stay."""

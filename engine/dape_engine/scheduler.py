@@ -7,7 +7,7 @@ tensors and knows no time. One step after the other:
     step = schedule()      then compute step.chunks
     commit(step.chunks)    or, where the computation failed, discard() their sequences
     then, for each chunk whose sequence is still in `running`: append to `scored` and keep_scores(), append
-    the new token to `tokens`, or finish() the sequence
+    the new tokens to `tokens` and settle() those proposed, or finish() the sequence
 
 Calls must not overlap (the engine's lock sees to that), but add() and finish() may come between any two.
 """
@@ -167,16 +167,31 @@ class Scheduler:
 
         Chunks of sequences that were finished since schedule() are ignored.
         """
-        size = self._pool.block_size
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.flight = None
             self._shares.charge(sequence.tenant, cost(chunk.start, chunk.count))
             if sequence not in self._running:
                 continue
-            sequence.num_computed = chunk.start + chunk.count
-            for index in range(chunk.start // size, sequence.num_computed // size):
-                self._pool.register(sequence.blocks[index], self._key(sequence, index))
+            self._advance(sequence, chunk.start, chunk.end)
+
+    def propose(self, chunk: Chunk, tokens: list[int]) -> Chunk:
+        """Add the rows of proposed tokens to the last chunk of a sequence, as far as free blocks go."""
+        blocks = chunk.sequence.blocks
+        room = (len(blocks) + self._pool.num_free) * self._pool.block_size - chunk.end
+        proposed = tuple(tokens[:room])
+        count = chunk.count + len(proposed)
+        missing = self._pool.blocks_for(chunk.start + count) - len(blocks)
+        blocks += [self._pool.allocate() for _ in range(missing)]
+        return Chunk(chunk.sequence, chunk.start, count, proposed)
+
+    def settle(self, chunk: Chunk) -> None:
+        """Keep the rows of proposed tokens that a running sequence has taken, and free the others' blocks."""
+        sequence = chunk.sequence
+        self._advance(sequence, chunk.end, min(chunk.start + chunk.count, sequence.num_rows - 1))
+        needed = self._pool.blocks_for(sequence.num_computed)
+        self._pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
 
     def keep_scores(self, sequence: Sequence) -> None:
         """Keep the log-probabilities of a running sequence with the blocks that are full of known ones."""
@@ -211,6 +226,13 @@ class Scheduler:
         for sequence in self.waiting:
             if sequence.blocks or sequence.num_computed:
                 raise CacheInvariantError(f"sequence {sequence.request_id!r} waits but holds blocks")
+
+    def _advance(self, sequence: Sequence, start: int, end: int) -> None:
+        """Record that rows of known tokens are in the cache and make the blocks they filled findable."""
+        size = self._pool.block_size
+        sequence.num_computed = end
+        for index in range(start // size, end // size):
+            self._pool.register(sequence.blocks[index], self._key(sequence, index))
 
     def _admit(self, yielded: list[Sequence]) -> tuple[int, int]:
         """Admit sequences; return their prompt tokens and how many the prefix cache had."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dape_engine.request import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
+    from dape_engine.speculation import PromptLookup
     from dape_engine.step import Chunk
 
 
@@ -29,6 +30,8 @@ class Sequence:
     tenant: str = ""
     cache_salt: str = ""
     """Goes into the prefix cache keys: only sequences of the same salt share blocks."""
+    lookup: PromptLookup | None = None
+    """Proposes how the text goes on; None: nothing is proposed."""
     prompt_length: int = field(init=False)
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)

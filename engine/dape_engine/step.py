@@ -15,6 +15,18 @@ class Chunk:
     sequence: Sequence
     start: int
     count: int
+    proposed: tuple[int, ...] = ()
+    """Tokens that may follow the known ones; as many of the rows, the last, are theirs."""
+
+    @property
+    def end(self) -> int:
+        """Known tokens that are in the cache after it."""
+        return self.start + self.count - len(self.proposed)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the row of the sequence's last known token."""
+        return self.end == self.sequence.num_rows
 
 
 def pairs(chunk: Chunk) -> int:

@@ -206,6 +206,7 @@ class Answer(ABC):
             prompt_logprobs=plan.prompt_logprobs,
             scheduling=plan.scheduling,
             constraint=None if plan.grammar is None else plan.grammar.constraint(),
+            speculation=body.speculative_config,
             report_progress=body.return_progress,
         )
         async with aclosing(self._context.engine.generate(request)) as outputs:

@@ -136,6 +136,15 @@ class Metrics:
         self._model_seconds = self._counter(
             "engine_model_seconds", "Seconds of steps in the model, the sampler and the scorer."
         )
+        self._drafts = self._counter("spec_decode_num_drafts", "Proposals of tokens that were verified.")
+        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Proposed tokens verified.")
+        self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Proposed tokens accepted.")
+        self._accepted_at = Counter(
+            "dape:spec_decode_num_accepted_tokens_per_pos",
+            "Proposed tokens accepted, by their position in the proposal.",
+            (*LABELS, "position"),
+            registry=self.registry,
+        )
         self._inter_token = self._histogram(
             "inter_token_latency_seconds", "Seconds between two tokens of a sequence.", INTER_TOKEN_SECONDS
         )
@@ -248,6 +257,12 @@ class Metrics:
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)
         self._step_tokens.observe(stats.num_tokens)
+        for proposed, accepted in stats.drafts:
+            self._drafts.inc()
+            self._draft_tokens.inc(proposed)
+            self._accepted_tokens.inc(accepted)
+            for position in range(accepted):
+                self._accepted_at.labels(**self._labels, position=str(position)).inc()
         for seconds in stats.inter_token_seconds:
             self._inter_token.observe(seconds)
 

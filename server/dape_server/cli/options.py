@@ -91,6 +91,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
         settings["type"] = click.Choice([str(choice) for choice in get_args(kind)])
     elif kind is ByteSize:
         settings["type"] = str
+    elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        # JSON text, or a mapping from a file.
+        settings["type"] = click.UNPROCESSED
     elif get_origin(kind) in (tuple, list):
         settings.update(type=str, multiple=True)
     elif kind is bool:

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from dape_engine.errors import RequestError
 from dape_engine.request import SamplingParams
+from dape_engine.speculation import SpeculativeConfig
 from dape_server.limits import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARS,
@@ -133,6 +134,8 @@ class GenerationBody(WorkBody):
     """Where a grammar allows nothing but the end of the text, it ends all the same."""
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    speculative_config: SpeculativeConfig | None = None
+    """How tokens are proposed ahead, by default as the server does for all; the text is the same."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
