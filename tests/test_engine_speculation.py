@@ -231,6 +231,19 @@ async def test_accepted_tokens_save_steps_and_are_counted(folder: Path) -> None:
     assert sum(len(step.inter_token_seconds) for step in recorder.steps) == len(recorder.steps) - 1
 
 
+async def test_tokens_drawn_behind_the_end_are_not_counted(folder: Path) -> None:
+    recorder = Recorder()
+    async with engine_of(folder, recorder) as engine:
+        text = drawn(await generate(engine, repetitive(1), LONG))
+        heard = len(text)
+        for place in range(8, 40):
+            stop = replace(LONG, stop_token_ids=(text[place],))
+            outputs = await generate(engine, repetitive(1), stop, speculation=ON)
+            assert drawn(outputs) == text[: text.index(text[place]) + 1]
+            heard += len(drawn(outputs))
+    assert sum(step.num_generated_tokens for step in recorder.steps) == heard
+
+
 async def test_preempted_requests_give_the_same_answers(folder: Path) -> None:
     sampling = replace(LONG, max_tokens=60)
     recorder = Recorder()

@@ -247,6 +247,15 @@ def test_tokens_drawn_ahead_are_those_of_plain_decoding(name: str, seed: int) ->
     assert accepted > 5
 
 
+def test_the_end_may_come_as_soon_as_enough_tokens_would_be_there() -> None:
+    params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=(2,))
+    state = SamplerState(params, [1], 0, VOCABULARY)
+    state.append(4)
+    ahead = [state, *(state.behind([4] * count) for count in (1, 2))]
+    drawn = sample(torch.tensor([[0.0, 1.0, 2.0, 0.0, 1.5]] * 3), ahead)
+    assert [token.token_id for token in drawn] == [4, 4, 2]
+
+
 def test_the_distribution_without_seeds_is_that_of_plain_sampling() -> None:
     """Pairs of tokens over a vocabulary of five, a chi-squared test with 24 degrees of freedom."""
     table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
