@@ -29,13 +29,14 @@ KERNELS = (1, 3, 5)
 LARGE_HEAD = 64
 # What takes more shared memory than every device has for every dtype.
 WIDE_LIMITS = f"more than {GROUP} heads or a head size above {LARGE_HEAD}"
+BOTH_LIMITS = WIDE_LIMITS.replace(" or ", " and ")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Where Triton's interpreter stands in for a GPU.
 INTERPRETED_CAPABILITY, INTERPRETED_PROCESSORS = (9, 0), 4
 
 
 class TritonBackend:
-    """Every encoding but CoPE, on CUDA devices, with a workspace for the parts of split keys only.
+    """Every encoding but CoPE and BiPE, on CUDA devices, with a workspace for the parts of split keys only.
 
     Args:
         tiling: of all launches, instead of the committed ones; for tuning.
@@ -79,6 +80,7 @@ class TritonBackend:
             (device.type != self._device_type, f"{device.type} devices"),
             (dtype not in (*FLOATS, torch.int8), f"a cache of {dtype}"),
             (_is_wide(dtype) and (large or grouped), f"float32 with {WIDE_LIMITS}"),
+            (kernel > 3 and large and grouped, f"DAPE kernel {kernel} with {BOTH_LIMITS}"),
             (small and (large or grouped), f"{WIDE_LIMITS} on this device"),
             (small and _is_wide(dtype), "float32 on this device"),
             (encoding.heads > MAX_HEADS, f"{encoding.heads} heads, above {MAX_HEADS}"),
@@ -86,6 +88,7 @@ class TritonBackend:
             (width > MAX_WIDTH, f"DAPE width {width}, above {MAX_WIDTH}"),
             (kernel not in KERNELS, f"DAPE kernel {kernel}, none of {', '.join(map(str, KERNELS))}"),
             (encoding.cope is not None, "CoPE"),
+            (encoding.segmented, "biases of segments (BiPE)"),
             (bias is not None and not (bias.distance_only or piecewise), "this form of FIRE"),
         )
         return next((f"does not support {text}" for present, text in obstacles if present), self.missing())
