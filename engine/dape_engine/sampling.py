@@ -153,7 +153,9 @@ class SamplerState:
         if self.constraint is not None:
             self.constraint.append(token)
         if self.penalises:
-            self.counts[token] += 1
+            # They are made within a step, and tensors made in inference mode change in no other.
+            with torch.inference_mode():
+                self.counts[token] += 1
 
     def uniform(self) -> float:
         """Return the number in [0, 1) that draws the next token, the same one until it is appended."""

@@ -6,6 +6,7 @@ the command line wins over the environment, and the environment over the file.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +93,7 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     elif kind is ByteSize:
         settings["type"] = str
     elif isinstance(kind, type) and issubclass(kind, BaseModel):
-        # JSON text, or a mapping from a file.
+        # JSON text, in a file also a mapping.
         settings["type"] = click.UNPROCESSED
     elif get_origin(kind) in (tuple, list):
         settings.update(type=str, multiple=True)
@@ -128,19 +129,22 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if unknown:
         raise SettingsError(f"--config {path} holds the unknown option {unknown[0]!r}")
     given = {
-        name: _as_typed(path, name, value, many=known[name].multiple)
+        name: _as_typed(path, known[name], value)
         for name, value in entries.items()
         if value is not None
     }
     context.default_map = {**(context.default_map or {}), **given}
 
 
-def _as_typed(path: Path, name: str, value: object, *, many: bool) -> str | list[str]:
+def _as_typed(path: Path, option: click.Parameter, value: object) -> str | list[str]:
     """Return an entry as it would be typed on the command line, so that one set of rules reads both."""
-    if many:
+    if option.multiple:
         return [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, dict) and option.type is click.UNPROCESSED:
+        return json.dumps(value, default=str)
     if not isinstance(value, (str, int, float)):
         raise SettingsError(
-            f"--config {path}: {name} must be a text, a number, true or false, got a {type(value).__name__}"
+            f"--config {path}: {option.name} must be a text, a number, true or false, "
+            f"got a {type(value).__name__}"
         )
     return str(value)

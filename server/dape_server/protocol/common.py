@@ -57,7 +57,7 @@ class RequestBody(BaseModel):
         known = {field.alias or name for name, field in cls.model_fields.items()}
         if len(body) > len(known):
             # Named here, before every one of perhaps a million unknown fields gets an error of its own.
-            name = shorten(next(field for field in body if field not in known))
+            name = shorten(cls.place + next(field for field in body if field not in known))
             raise RequestError(f"{name}: unknown field", param=name, code="unknown_field")
         return {k: v for k, v in body.items() if v is not None or k not in known}
 

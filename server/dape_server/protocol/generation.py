@@ -83,6 +83,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class StreamOptions(RequestBody):
     """What a stream reports beside the text."""
 
+    place: ClassVar[str] = "stream_options."
+
     include_usage: bool = False
     """One more chunk before the end, without choices, with the usage of the whole request."""
     continuous_usage_stats: bool = False

@@ -47,6 +47,8 @@ Schema = Annotated[dict[str, Any], BeforeValidator(_as_schema, json_schema_input
 class JsonSchemaFormat(RequestBody):
     """OpenAI's wrapping of a schema."""
 
+    place: ClassVar[str] = "response_format.json_schema."
+
     name: Annotated[str, Field(max_length=64)] | None = None
     """For people only."""
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -59,6 +61,8 @@ class JsonSchemaFormat(RequestBody):
 
 class ResponseFormat(RequestBody):
     """OpenAI's `response_format`."""
+
+    place: ClassVar[str] = "response_format."
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
