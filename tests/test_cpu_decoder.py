@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -185,6 +186,37 @@ def test_logits(rows: int) -> None:
     hidden = torch.randn(rows, 72)
     wanted = hidden.double() @ model.final_linear.weight.double().t()
     assert relative_error(decoder.logits(hidden), wanted) < 1e-6
+
+
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@pytest.mark.parametrize("rows", [1, 7, 33, 192, 450])
+def test_tally(rows: int, scale: float) -> None:
+    model = make_model()
+    decoder, _ = make_decoder(model, [(1, 1)])
+    hidden = torch.randn(rows, 72) * scale
+    scores = hidden.double() @ model.final_linear.weight.double().t()
+    targets = torch.arange(rows) * 31 % scores.shape[1]
+    marks = scores.sort(-1).values[:, 100:102].mean(-1).float()
+    tally = decoder.tally(hidden, targets, marks)
+    size = float(scores.abs().max())
+    own = scores.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(tally.own.double(), own, rtol=0, atol=1e-6 * size)
+    sums = tally.peak.double() + tally.total.double().log()
+    torch.testing.assert_close(sums, scores.logsumexp(-1), rtol=0, atol=1e-6 * size + 1e-6)
+    torch.testing.assert_close(tally.above, (scores > marks[:, None]).sum(-1))
+    assert bool((scores.amax(-1) <= tally.peak + 20.001).all())
+
+
+def test_what_is_no_number_shows_in_the_tally() -> None:
+    model = make_model()
+    decoder, _ = make_decoder(model, [(1, 1)])
+    hidden = torch.randn(3, 72)
+    hidden[1, 5] = math.inf
+    hidden[2, 5] = math.nan
+    tally = decoder.tally(hidden, torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    finite = (tally.own - tally.peak - tally.total.log()).isfinite()
+    assert finite.tolist() == [True, False, False]
 
 
 def test_weights_that_are_bfloat16_numbers_take_half_the_memory() -> None:

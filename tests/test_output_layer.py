@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape_engine.errors import StepError
 from dape_engine.output_layer import logits, score_targets
+from dape_kernels.decoder import Tally
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,15 +56,27 @@ def test_a_backends_own_product_gives_the_same_values(workspace: int) -> None:
     hidden, weight, targets = inputs(33, 16, 257)
     sizes: list[int] = []
 
-    def multiply(rows: Tensor) -> Tensor:
-        sizes.append(len(rows))
-        return rows @ weight.t()
+    class Own:
+        def logits(self, rows: Tensor) -> Tensor:
+            sizes.append(len(rows))
+            return rows @ weight.t()
 
-    plain = score_targets(hidden, weight, targets, 4)
-    own = score_targets(hidden, weight, targets, 4, multiply=multiply, workspace=workspace)
-    for one, other in zip(plain, own, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-6, atol=5e-6)
-    assert sum(sizes) == 33
+        def tally(self, rows: Tensor, targets: Tensor, marks: Tensor) -> Tally:
+            scores = rows @ weight.t()
+            peak = scores.amax(-1) - 3
+            return Tally(
+                scores.gather(1, targets[:, None])[:, 0],
+                peak,
+                (scores - peak[:, None]).exp().sum(-1),
+                (scores > marks[:, None]).sum(-1),
+            )
+
+    for top in (4, 0):
+        plain = score_targets(hidden, weight, targets, top)
+        own = score_targets(hidden, weight, targets, top, decoder=Own(), workspace=workspace)
+        for one, other in zip(plain, own, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=5e-6)
+    assert sum(sizes) == 33  # without alternatives nothing is stored
     assert max(sizes) * 257 * 4 <= max(workspace // 2, 257 * 4)
 
 

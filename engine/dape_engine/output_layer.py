@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dape_engine.errors import StepError
+from dape_kernels.decoder import Decoder
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 """From hidden states [R, h] to logits float32 [R, tokens], a tensor of its own."""
@@ -46,7 +47,7 @@ def score_targets(
     targets: Tensor,
     top: int = 0,
     *,
-    multiply: Product | None = None,
+    decoder: Decoder | None = None,
     workspace: int = WORKSPACE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the log-probability and rank of one token per row, and the most likely tokens at its place.
@@ -61,7 +62,7 @@ def score_targets(
         weight: [V, h], any float type.
         targets: int64 [R], on the device of `hidden`.
         top: number of alternatives; k = min(top, V).
-        multiply: a backend's own way to the logits of all tokens; by default pieces of widened weights.
+        decoder: a backend's own way to the logits; by default products with pieces of widened weights.
         workspace: bytes of scratch memory, half for widened weights and half for logits.
 
     Returns:
@@ -73,15 +74,21 @@ def score_targets(
     """
     count, vocab_size = len(hidden), len(weight)
     k = min(top, vocab_size)
+    # The target's logit, known before the piece of the vocabulary that holds it comes.
+    mark = (hidden.float() * weight[targets].float()).sum(-1)
+    if decoder is not None and not k:
+        tally = decoder.tally(hidden, targets, mark)
+        own, above = tally.own, tally.above
+        logprobs = _checked(own - tally.peak - tally.total.log_())
+        none = targets[:, None][:, :0]
+        return logprobs, _ranks(above + (own <= mark), targets, none), none, none.float()
     peak = hidden.new_full((count,), -math.inf, dtype=torch.float32)
     total = torch.zeros_like(peak)
     own = torch.zeros_like(peak)
-    # The target's logit, known before the piece of the vocabulary that holds it comes.
-    mark = (hidden.float() * weight[targets].float()).sum(-1)
     above = torch.zeros_like(targets)
     values = peak[:, None].repeat(1, k)
     ids = torch.zeros_like(values, dtype=torch.int64)
-    products = [(0, vocab_size, multiply)] if multiply else _products(weight, workspace // 2)
+    products = [(0, vocab_size, decoder.logits)] if decoder else _products(weight, workspace // 2)
     for first, size, product in products:
         step = max(1, workspace // 2 // (4 * size))
         for rows in (slice(start, start + step) for start in range(0, count, step)):
@@ -95,12 +102,16 @@ def score_targets(
             total[rows] += scores.sub_(highest[:, None]).exp_().sum(-1)
             peak[rows] = highest
     log_total = total.log_()
-    logprobs = own - peak - log_total
-    if not math.isfinite(logprobs.sum().item()):
-        raise StepError("the model's logits are not finite")
+    logprobs = _checked(own - peak - log_total)
     # Its own logit and the mark are two sums of the same products: it must not be above itself.
     ranks = _ranks(above + (own <= mark), targets, ids)
     return logprobs, ranks, ids, values - peak[:, None] - log_total[:, None]
+
+
+def _checked(logprobs: Tensor) -> Tensor:
+    if not math.isfinite(logprobs.sum().item()):
+        raise StepError("the model's logits are not finite")
+    return logprobs
 
 
 def _products(weight: Tensor, workspace: int) -> Iterator[tuple[int, int, Product]]:

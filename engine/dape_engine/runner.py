@@ -297,7 +297,7 @@ class ModelRunner:
             weight,
             torch.tensor(targets, device=self.device),
             top,
-            multiply=self._decoder.logits if self._decoder is not None else None,
+            decoder=self._decoder,
         )
         return [
             TokenLogprob(target, logprob, tuple(zip(top_ids, top_values, strict=True)), rank)

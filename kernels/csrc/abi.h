@@ -83,6 +83,18 @@ struct Linear {
     int32_t storage;  // kFloat32 or kBfloat16
 };
 
+// What the outputs of a linear layer say of one of them in each row: enough for its log-probability and rank. Outputs
+// are counted in `parts` ranges, each with a peak, a total and a count of its own, to be put together by the caller.
+struct Tally {
+    const int64_t* target;  // [rows]
+    const float* mark;      // [rows]
+    float* own;             // [rows]: the target's output
+    float* peak;            // [parts, rows]: no output is above it by more than 20
+    float* total;           // [parts, rows]: sum of exp(output - peak)
+    float* above;           // [parts, rows]: outputs above the mark, exact to 2^24
+    int64_t parts;
+};
+
 struct Norm {
     const float* weight;  // [h]
     const float* bias;    // [h]
@@ -130,6 +142,10 @@ int32_t dape_decode(const dape::Decoder* decoder, const dape::Attention* batch, 
 // Results [rows, outputs] of a layer as floats, for rows of `type` that are `stride` apart.
 void dape_linear(const dape::Linear* layer, const void* x, int32_t type, int64_t stride, int64_t rows, float* out,
                  int32_t threads);
+
+// Tally the results of a layer, as of dape_linear, without storing them.
+void dape_tally(const dape::Linear* layer, const void* x, int32_t type, int64_t stride, int64_t rows,
+                const dape::Tally* tally, int32_t threads);
 
 // Store keys and values [T, H, d] of `source_type` in slots [T] (slot = panel * 16 + place).
 void dape_write(const dape::Cache* cache, const void* key, const void* value, int32_t source_type,

@@ -277,5 +277,6 @@ static void walk(const Attention& attention, const Item& item, uint64_t call, vo
 namespace dape {
 extern const Kernel DAPE_JOIN(kernel_, DAPE_ISA);
 const Kernel DAPE_JOIN(kernel_, DAPE_ISA) = {DAPE_TEXT(DAPE_ISA), DAPE_ISA::kHasBfloat16,   DAPE_ISA::scratch_bytes,
-                                             DAPE_ISA::walk,      DAPE_ISA::multiply_linear, DAPE_ISA::normalise};
+                                             DAPE_ISA::walk,      DAPE_ISA::multiply_linear, DAPE_ISA::tally_linear,
+                                             DAPE_ISA::normalise};
 }  // namespace dape

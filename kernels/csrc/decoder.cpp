@@ -72,6 +72,18 @@ void multiply(const Linear& layer, const Activations& x, int64_t rows, const Act
     });
 }
 
+void tally(const Linear& layer, const Activations& x, int64_t rows, const Tally& tally, int threads) {
+    const Kernel& used = kernel();
+    const int64_t blocks = (rows + kLinearRows - 1) / kLinearRows;
+    const int64_t panels = (layer.outputs + kLinearOutputs - 1) / kLinearOutputs;
+    share(threads, blocks * tally.parts, [&](int64_t item) {
+        const int64_t part = item / blocks, first = item % blocks * kLinearRows;
+        used.tally(layer, x, first, int(std::min<int64_t>(kLinearRows, rows - first)), rows,
+                   part * panels / tally.parts * kLinearOutputs, (part + 1) * panels / tally.parts * kLinearOutputs, part,
+                   tally);
+    });
+}
+
 void decode(const Decoder& decoder, const Attention& batch, int64_t first, int64_t last, float* x, float* out) {
     const Kernel& used = kernel();
     const int64_t rows = batch.query_starts[batch.sequences], hidden = decoder.hidden;

@@ -12,4 +12,7 @@ void decode(const Decoder& decoder, const Attention& batch, int64_t first, int64
 void multiply(const Linear& layer, const Activations& x, int64_t rows, const Activations& target, Action action,
               int threads);
 
+// See dape_tally.
+void tally(const Linear& layer, const Activations& x, int64_t rows, const Tally& tally, int threads);
+
 }  // namespace dape

@@ -35,6 +35,11 @@ DAPE_EXPORT void dape_linear(const dape::Linear* layer, const void* x, int32_t t
                    dape::kStore, threads);
 }
 
+DAPE_EXPORT void dape_tally(const dape::Linear* layer, const void* x, int32_t type, int64_t stride, int64_t rows,
+                            const dape::Tally* tally, int32_t threads) {
+    dape::tally(*layer, {const_cast<void*>(x), stride, type}, rows, *tally, threads);
+}
+
 DAPE_EXPORT void dape_write(const dape::Cache* cache, const void* key, const void* value, int32_t source_type,
                             int64_t key_row_stride, int64_t key_head_stride, int64_t value_row_stride,
                             int64_t value_head_stride, const int64_t* slots, int64_t rows, int32_t threads) {

@@ -50,6 +50,9 @@ struct Kernel {
     // The layer's results in up to kLinearRows rows and the kLinearOutputs outputs from `output` on.
     void (*multiply)(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
                      const Activations& target, Action action);
+    // Tally up to kLinearRows of `all_rows` rows over the outputs from `output` to `end`, multiples of kLinearOutputs.
+    void (*tally)(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t all_rows,
+                  int64_t output, int64_t end, int64_t part, const Tally& tally);
     // The norm of some rows of x [T, hidden].
     void (*normalise)(const Norm& norm, const float* x, int64_t hidden, float epsilon, int64_t first_row, int64_t rows,
                       const Activations& target);

@@ -38,6 +38,20 @@ class DecoderModules:
     """Whether GELU is its tanh approximation instead of the exact form."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What the logits of some rows say of one token in each."""
+
+    own: Tensor
+    """Its logit, float32 [R]."""
+    peak: Tensor
+    """A number that no logit of the row is far above, float32 [R]."""
+    total: Tensor
+    """Sum of exp(logit - peak) over the vocabulary, float32 [R]."""
+    above: Tensor
+    """Number of logits above the row's mark, int64 [R]."""
+
+
 class Decoder(Protocol):
     """The layers of one model over the caches it was made for."""
 
@@ -57,4 +71,14 @@ class Decoder(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits float32 [R, V] of hidden states [R, h]."""
+        ...
+
+    def tally(self, hidden: Tensor, targets: Tensor, marks: Tensor) -> Tally:
+        """Tally the logits of hidden states [R, h] without storing them.
+
+        Args:
+            hidden: any float type.
+            targets: int64 [R], a token of each row.
+            marks: float32 [R], what the row's logits are compared with.
+        """
         ...

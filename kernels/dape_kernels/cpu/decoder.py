@@ -22,13 +22,16 @@ from dape_kernels.cpu.library import (
     LayerStruct,
     LinearStruct,
     NormStruct,
+    TallyStruct,
     load,
     multiplies_bfloat16,
 )
-from dape_kernels.decoder import DecoderModules
+from dape_kernels.decoder import DecoderModules, Tally
 from dape_kernels.paged import RaggedBatch
 
 OUTPUTS = 64  # that the library multiplies at a time
+LINEAR_ROWS = 192  # for which it does so
+TALLY_ITEMS = 4  # pieces of work for each thread, so that they end together
 
 
 def decoder_obstacle(modules: DecoderModules) -> str | None:
@@ -110,10 +113,36 @@ class CpuDecoder:
             raise MemoryError("no memory for the scratch of the decoder")
         return out
 
+    def tally(self, hidden: Tensor, targets: Tensor, marks: Tensor) -> Tally:
+        """See `Decoder.tally`."""
+        rows = self._activations(hidden)
+        count, threads = len(rows), torch.get_num_threads()
+        # Enough pieces of work for all threads, however few rows there are.
+        parts = max(
+            1, min(TALLY_ITEMS * threads // -(-count // LINEAR_ROWS), self._output.outputs // OUTPUTS)
+        )
+        own = torch.empty(count)
+        peak, total, above = torch.empty(3, parts, count)
+        places = (targets.contiguous(), marks.contiguous(), own, peak, total, above)
+        load().dape_tally(
+            byref(self._output),
+            rows.data_ptr(),
+            STORAGE[rows.dtype],
+            rows.stride(0),
+            count,
+            byref(TallyStruct(*(place.data_ptr() for place in places), parts)),
+            threads,
+        )
+        highest = peak.amax(0)
+        return Tally(own, highest, (total * (peak - highest).exp_()).sum(0), above.long().sum(0))
+
+    def _activations(self, hidden: Tensor) -> Tensor:
+        narrow = self._dtype == torch.bfloat16 and multiplies_bfloat16()
+        return hidden.to(self._dtype if narrow else torch.float32).contiguous()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        narrow = self._dtype == torch.bfloat16 and multiplies_bfloat16()
-        rows = hidden.to(self._dtype if narrow else torch.float32).contiguous()
+        rows = self._activations(hidden)
         scores = torch.empty(len(hidden), self._output.outputs)
         load().dape_linear(
             byref(self._output),

@@ -104,6 +104,20 @@ class LinearStruct(Structure):
     )
 
 
+class TallyStruct(Structure):
+    """Where the tally of a linear layer goes."""
+
+    _fields_ = (
+        ("target", c_void_p),
+        ("mark", c_void_p),
+        ("own", c_void_p),
+        ("peak", c_void_p),
+        ("total", c_void_p),
+        ("above", c_void_p),
+        ("parts", c_int64),
+    )
+
+
 class NormStruct(Structure):
     """The weights of a layer norm."""
 
@@ -180,6 +194,8 @@ def load() -> CDLL:
         c_int32,
     )
     library.dape_linear.restype = None
+    library.dape_tally.argtypes = (*library.dape_linear.argtypes[:5], POINTER(TallyStruct), c_int32)
+    library.dape_tally.restype = None
     library.dape_write.argtypes = (
         POINTER(CacheStruct),
         *(c_void_p, c_void_p, c_int32),

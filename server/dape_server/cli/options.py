@@ -129,9 +129,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if unknown:
         raise SettingsError(f"--config {path} holds the unknown option {unknown[0]!r}")
     given = {
-        name: _as_typed(path, known[name], value)
-        for name, value in entries.items()
-        if value is not None
+        name: _as_typed(path, known[name], value) for name, value in entries.items() if value is not None
     }
     context.default_map = {**(context.default_map or {}), **given}
 
