@@ -72,6 +72,9 @@ struct Attention {
     const int32_t* block_tables;   // [S, table_stride]
     int64_t table_stride;
     int64_t panels_per_block;
+    // Where keys are spread over ranks (k = 1 only): of every `ranks` * `stripe` keys, the `rank`th `stripe` are here.
+    int64_t rank, ranks;  // ranks 0: all keys are here
+    int64_t stripe;       // a multiple of kTile
 };
 
 // A linear layer, y = x W^T + b, its weights packed like the keys of one head: panels of 16 outputs, G inputs in a word.

@@ -72,6 +72,7 @@ class Walk {
         // A convolution needs the scores left of its first column.
         int64_t first = item.first_key - (lag && item.first_key ? kTile : 0);
         for (; first - lag < item.last_key; first += kTile) {
+            if (a_.ranks && first / a_.stripe % a_.ranks != a_.rank) continue;
             mode.use_rows(products_.matrix_rows());
             if (network_.convolves()) network_.carry(scores_, score_stride_, rows_);
             products_.compute_scores(first, scores_ + lead, score_stride_, network_.score_stride());

@@ -76,17 +76,20 @@ void merge(const Attention& attention, const Plan& plan, const Plan::Split& spli
             float top = parts->part[own + dim], mass = 0;
             for (int part = 1; part < split.count; ++part) top = std::max(top, parts[part].part[own + dim]);
             std::fill(sums.begin(), sums.end(), 0.0f);
+            // Parts without a key have minus infinity; where all have, the result is theirs: zeros.
+            const float reference = std::isinf(top) ? 0.0f : top;
             for (int part = 0; part < split.count; ++part) {
                 const float* output = parts[part].part + own;
-                const float weight = std::exp2(output[dim] - top);
+                const float weight = std::exp2(output[dim] - reference);
                 mass += weight;
                 for (int64_t i = 0; i < dim; ++i) sums[i] += weight * output[i];
             }
-            attention.lse[at] = (top + std::log2(mass)) * float(M_LN2);
+            attention.lse[at] = (reference + std::log2(mass)) * float(M_LN2);
+            const float share = mass == 0 ? 0.0f : 1.0f / mass;
             for (int64_t i = 0; i < dim; ++i)
                 if (attention.query_type == kBfloat16)
-                    static_cast<uint16_t*>(attention.output)[at * dim + i] = narrow(sums[i] / mass);
-                else static_cast<float*>(attention.output)[at * dim + i] = sums[i] / mass;
+                    static_cast<uint16_t*>(attention.output)[at * dim + i] = narrow(sums[i] * share);
+                else static_cast<float*>(attention.output)[at * dim + i] = sums[i] * share;
         }
 }
 

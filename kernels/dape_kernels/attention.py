@@ -64,6 +64,11 @@ class Backend(Protocol[Cache]):
         """Whether `attend` can be captured in a graph: it takes batches with `live_positions`."""
         ...
 
+    @property
+    def shardable(self) -> bool:
+        """Whether `attend` takes batches with a `shard`, see `shard_obstacle`."""
+        ...
+
     def describe(self) -> str:
         """Return one line about what runs here, or why nothing does."""
         ...
@@ -150,6 +155,24 @@ def select_backend(
     raise ValueError(f"no attention backend can run the model: {'; '.join(reasons)}")
 
 
+def shard_obstacle(backend: Backend[Any], encoding: Encoding) -> str | None:
+    """Return why a layer cannot attend to a part of the keys of a sequence, None if it can.
+
+    A score must depend on nothing but its own query and key.
+    """
+    kernel = 1 if encoding.dape is None else encoding.dape.kernel
+    obstacles = (
+        (not backend.shardable, f"backend {backend.name}"),
+        (encoding.cope is not None, "CoPE: its positions are sums over all keys between"),
+        (kernel > 1, f"DAPE kernel {kernel}: its scores depend on those of the keys beside"),
+        (encoding.segmented, "biases of segments (BiPE): a row's segment is kept with its key"),
+    )
+    reasons = (
+        f"keys spread over ranks are not supported by {text}" for present, text in obstacles if present
+    )
+    return next(reasons, None)
+
+
 def paged_attention(
     query: Tensor,
     cache: LayerCache,
@@ -173,9 +196,14 @@ def paged_attention(
 
     Returns:
         The attention output [T, H, d] in the dtype of `query`, and the log-sum-exp [T, H] of every row's
-        scores in float32 (float64 for float64 queries), by which partial results can be merged.
+        scores in float32 (float64 for float64 queries), by which partial results can be merged. Rows that
+        see no key, as some do where the batch has a `shard`, have zeros and minus infinity.
 
     Raises:
-        ValueError: the workspace is too small for one row and one key.
+        ValueError: the workspace is too small for one row and one key, or the batch has a `shard` that the
+            backend or the encoding cannot be computed with.
     """
+    obstacle = shard_obstacle(backend, encoding) if batch.shard is not None else None
+    if obstacle is not None:
+        raise ValueError(obstacle)
     return backend.attend(query, cache, batch, encoding, workspace)

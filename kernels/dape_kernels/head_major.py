@@ -44,6 +44,7 @@ class HeadMajorBackend:
     """Every encoding on every device that PyTorch has."""
 
     replayable = False
+    shardable = True
 
     def describe(self) -> str:
         """Return one line about what runs here."""

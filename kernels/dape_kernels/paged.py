@@ -14,6 +14,39 @@ from dape_kernels.memo import Memo
 
 
 @dataclass(frozen=True, slots=True)
+class KeyShard:
+    """Which keys of every sequence one of several ranks holds: `stripe` adjacent blocks of every round.
+
+    Block b of a sequence is held by rank b // stripe % ranks, so that all ranks hold and see about as many
+    keys whatever the length, and a sequence grows without anything being moved.
+
+    Raises:
+        ValueError: a number is too small, or the rank is none of the ranks.
+    """
+
+    rank: int
+    ranks: int
+    stripe: int  # blocks
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.ranks < 1 or not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank is {self.rank}, expected 0 to ranks - 1, of {self.ranks} ranks")
+        if self.stripe < 1:
+            raise ValueError(f"stripe is {self.stripe} blocks, expected at least 1")
+
+    def holds(self, block: Tensor) -> Tensor:
+        """Return which blocks of a sequence, integers of any shape, are held here."""
+        return block // self.stripe % self.ranks == self.rank
+
+    def spans(self, length: int, block_size: int) -> list[range]:
+        """Return the positions below `length` that are held here, rising."""
+        stripe = self.stripe * block_size
+        starts = range(self.rank * stripe, length, self.ranks * stripe)
+        return [range(start, min(start + stripe, length)) for start in starts]
+
+
+@dataclass(frozen=True, slots=True)
 class RaggedBatch:
     """Which rows belong to which sequence, and where the sequence's keys lie.
 
@@ -33,6 +66,10 @@ class RaggedBatch:
     """int32 [S], of sequences of one row each: its position, -1 for no row. Known on the device only, so that
     work captured once can be replayed for others; `context_lens` are upper limits then. See
     `Backend.replayable`."""
+    shard: KeyShard | None = None
+    """Which of the keys are here and attended to, where they are spread over ranks. Positions stay those in
+    the whole sequence, and so do the places in `block_tables`, which name any valid block for those held
+    elsewhere. See `Backend.shardable` and `distributed`."""
     memo: Memo = field(default_factory=Memo, init=False, repr=False, compare=False)
     """What all layers of a step share."""
 

@@ -43,8 +43,14 @@ class ReferenceBackend(HeadMajorBackend):
             rows = slice(*batch.query_starts[sequence : sequence + 2])
             key, value, segments = _context(cache, batch, sequence, length, dtype)
             scores = causal(reference_scores(_heads_first(query[rows], dtype), key, encoding, segments))
-            output[rows] = (scores.softmax(-1) @ value)[0].transpose(0, 1).to(query.dtype)
-            lse[rows] = scores.logsumexp(-1)[0].t()
+            if batch.shard is not None:
+                elsewhere = ~batch.shard.holds(torch.arange(length, device=key.device) // batch.block_size)
+                scores = scores.masked_fill(elsewhere, -torch.inf)
+                value = value.masked_fill(elsewhere[:, None], 0.0)
+            logarithms = scores.logsumexp(-1)
+            weights = scores.softmax(-1).masked_fill(logarithms.isneginf()[..., None], 0.0)
+            output[rows] = (weights @ value)[0].transpose(0, 1).to(query.dtype)
+            lse[rows] = logarithms[0].t()
         return output, lse
 
 

@@ -31,6 +31,7 @@ class XformersBackend:
 
     name = "xformers"
     replayable = False
+    shardable = False
 
     def describe(self) -> str:
         """Return one line about what runs here, or why nothing does."""

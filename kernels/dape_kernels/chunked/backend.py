@@ -43,8 +43,9 @@ class ChunkedBackend(HeadMajorBackend):
         groups = batch.memo(budget, lambda: make_groups(batch, budget))
         # One row more than the batch has: what the places of a group without a row compute goes there.
         size, heads, _ = query.shape
-        output = torch.empty(size + 1, *query.shape[1:], dtype=query.dtype, device=query.device)
-        lse = torch.empty(size + 1, heads, dtype=dtype, device=query.device)
+        # Rows of which no key is here may be in no group.
+        output = query.new_zeros(size + 1, *query.shape[1:])
+        lse = query.new_full((size + 1, heads), -torch.inf, dtype=dtype)
 
         @torch.inference_mode(torch.is_inference_mode_enabled())  # a property of the thread
         @torch.no_grad()
@@ -81,17 +82,17 @@ def _attend_group(
     scorer = make_scorer(encoding, scaled.view(heads, lanes, rows, -1), scratch)
     scaled = scaled.view(heads * lanes, rows, -1)
     peak = total = output = torch.empty(0)
-    for tile in group.tiles():
+    for walked, tile in enumerate(group.tiles()):
         scores = scratch.take("scores", scorer.channels, lanes, rows, tile.width)
         keys = _fetch(cache.key, tile, scratch)
         torch.bmm(scaled, keys.transpose(1, 2), out=scores[:heads].flatten(0, 1))
         scores = scorer(tile, scores).flatten(0, 1)
         top = scores.amax(-1, keepdim=True)
-        if tile.start:
+        if walked:
             top = torch.maximum(top, peak)
         weights = scores.sub_(top).clamp_min_(LOWEST_EXPONENT).exp_()
         mass, values = weights.sum(-1, keepdim=True), _fetch(cache.value, tile.centre, scratch)
-        if tile.start:
+        if walked:
             fade = (peak - top).clamp_min_(LOWEST_EXPONENT).exp_()
             total.mul_(fade).add_(mass)
             output.mul_(fade).baddbmm_(weights, values)
@@ -100,6 +101,9 @@ def _attend_group(
         peak = top
     output /= total
     lse = peak + total.log_()
+    # Rows run backwards: the last of them may lie before the first key that is here.
+    unseeing = slice(group.longest - group.held[0].start, None)
+    output[:, unseeing], lse[:, unseeing] = 0.0, -torch.inf
     return _rows_first(output, heads), _rows_first(lse, heads)[..., 0]
 
 

@@ -107,6 +107,9 @@ class Group:
     last: Tensor  # int64 [G], position of the newest row
     contexts: Tensor  # int64 [G], length of the whole sequence
     slots: Tensor  # int64 [G, reach + longest + reach], aligned at the newest row; outside it any of them
+    held: list[
+        range
+    ]  # of the `longest` positions, those whose keys are here; all but where a batch has a shard
     runs: Runs | None  # of a single lane
     reach: int
     # int64 [G, R] and [slots], the segments of rows and of what the cache holds, where the batch has them
@@ -114,8 +117,10 @@ class Group:
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the tiles of the group, from the diagonal backwards."""
-        for start in range(0, self.longest, self.keys):
-            yield Tile(self, start, min(self.keys, self.longest - start), self.reach)
+        for span in reversed(self.held):
+            near, far = self.longest - span.stop, self.longest - span.start
+            for start in range(near, far, self.keys):
+                yield Tile(self, start, min(self.keys, far - start), self.reach)
 
 
 def make_groups(batch: RaggedBatch, budget: Budget) -> list[Group]:
@@ -128,7 +133,10 @@ def make_groups(batch: RaggedBatch, budget: Budget) -> list[Group]:
     return [
         _group(batch, lanes, budget, indices)
         for bucket in buckets.values()
-        for lanes in _share(sorted(bucket, key=lambda lane: -lane.last), budget)
+        for lanes in _share(
+            sorted(bucket, key=lambda lane: -lane.last), budget, alone=batch.shard is not None
+        )
+        if _held(batch, lanes)
     ]
 
 
@@ -142,14 +150,23 @@ def _cut(batch: RaggedBatch, most: int) -> Iterator[Lane]:
             yield Lane(sequence, start + low, high - low, span.start + high - 1, context)
 
 
-def _share(lanes: list[Lane], budget: Budget) -> Iterator[list[Lane]]:
-    """Put lanes together whose keys fit into one tile. They come with falling numbers of keys."""
+def _held(batch: RaggedBatch, lanes: list[Lane]) -> list[range]:
+    """Return which positions up to the first lane's newest row have keys here."""
+    length = lanes[0].last + 1
+    return [range(length)] if batch.shard is None else batch.shard.spans(length, batch.block_size)
+
+
+def _share(lanes: list[Lane], budget: Budget, *, alone: bool) -> Iterator[list[Lane]]:
+    """Put lanes together whose keys fit into one tile, unless each is to be `alone`.
+
+    They come with falling numbers of keys.
+    """
     shared: list[Lane] = []
     for lane in lanes:
         if shared:
             longest = shared[0].last + 1
             rows = max(lane.count, *(other.count for other in shared))
-            fits = budget.keys(len(shared) + 1, rows) >= longest
+            fits = not alone and budget.keys(len(shared) + 1, rows) >= longest
             if not fits or longest > max(2 * (lane.last + 1), PADDED_KEYS):
                 yield shared
                 shared = []
@@ -193,6 +210,7 @@ def _group(
         last=last,
         contexts=contexts,
         slots=slots,
+        held=_held(batch, lanes),
         runs=runs,
         reach=budget.reach,
         segments=segments,

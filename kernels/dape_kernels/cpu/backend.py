@@ -17,7 +17,7 @@ from dape_kernels.cpu.cache import PanelCache, block_bytes, check_rows, widen
 from dape_kernels.cpu.decoder import CpuDecoder, decoder_obstacle
 from dape_kernels.cpu.encoding import FIRE_SLOPES, PreparedEncoding
 from dape_kernels.cpu.layout import Layout, batch_struct
-from dape_kernels.cpu.library import PANEL, STORAGE, LibraryMissingError, instruction_set, load
+from dape_kernels.cpu.library import PANEL, STORAGE, TILE, LibraryMissingError, instruction_set, load
 from dape_kernels.decoder import DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
@@ -34,6 +34,7 @@ class CpuBackend:
 
     name = "cpu"
     replayable = False
+    shardable = True
 
     def describe(self) -> str:
         """Return one line about what runs here."""
@@ -133,6 +134,11 @@ class CpuBackend:
         call.query, call.query_row_stride, call.query_head_stride = rows.data_ptr(), *rows.stride()[:2]
         call.query_type = STORAGE[rows.dtype]
         call.output, call.lse = output.data_ptr(), lse.data_ptr()
+        if batch.shard is not None:
+            call.rank, call.ranks = batch.shard.rank, batch.shard.ranks
+            call.stripe = batch.shard.stripe * batch.block_size
+            if call.stripe % TILE:
+                raise ValueError(f"stripe is {call.stripe} keys, expected a multiple of {TILE}")
         if load().dape_attend(byref(call)):
             raise MemoryError("no memory for the scratch of the attention threads")
         return output.to(query.dtype), lse

@@ -103,6 +103,8 @@ class CpuDecoder:
             raise ValueError(
                 f"a context has {layout.longest} tokens, the decoder was made for {self._length}"
             )
+        if batch.shard is not None:
+            raise ValueError("keys spread over ranks are not supported by the fused decoder")
         count = self._struct.num_layers
         first, last = (0, count) if layers is None else (layers.start, layers.stop)
         if not 0 <= first < last <= count:

@@ -17,6 +17,7 @@ BUILDS = ("avx512+amx", "avx512+bf16", "avx512+fp32", "avx2", "portable")
 """Instruction sets, and for AVX-512 what multiplies bfloat16: matrix units, vectors, or nothing."""
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 PANEL = 16  # keys in one panel of the cache
+TILE = 64  # keys that are computed together
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -89,6 +90,9 @@ class AttentionStruct(Structure):
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
         ("panels_per_block", c_int64),
+        ("rank", c_int64),
+        ("ranks", c_int64),
+        ("stripe", c_int64),
     )
 
 

@@ -46,6 +46,7 @@ class TritonBackend:
 
     name = "triton"
     replayable = True
+    shardable = False
 
     def __init__(self, *, tiling: Tiling | None = None, interpreted: bool = False):
         self._tiling = tiling
