@@ -30,7 +30,13 @@ def shard_encoding(layer: Layer, dtype: torch.dtype) -> Encoding:
     return random_encoding(layer, HEADS, HEAD_DIM, dtype, std=None if dtype == torch.float32 else 0.5)
 
 
-def page_shard(backend: Backend[Any], sequences: Sequences, block_size: int, shard: KeyShard) -> Paged:
+def page_shard(
+    backend: Backend[Any],
+    sequences: Sequences,
+    block_size: int,
+    shard: KeyShard,
+    cache_dtype: torch.dtype | None = None,
+) -> Paged:
     """Put what a rank holds into a cache that has room for nothing else, but for one block of NaN.
 
     The blocks lie in no order, and whatever is held elsewhere is said to be in the block of NaN.
@@ -45,7 +51,9 @@ def page_shard(backend: Backend[Any], sequences: Sequences, block_size: int, sha
     for row, (blocks, numbers) in enumerate(zip(held, order[:-1].split(list(map(len, held))), strict=True)):
         tables[row, blocks] = numbers.to(torch.int32)
     dtype = sequences[0][1].dtype
-    cache = backend.allocate(count + 1, block_size, HEADS, HEAD_DIM, dtype, torch.device("cpu"))
+    cache = backend.allocate(
+        count + 1, block_size, HEADS, HEAD_DIM, cache_dtype or dtype, torch.device("cpu")
+    )
     nothing = torch.full(((count + 1) * block_size, HEADS, HEAD_DIM), float("nan"), dtype=dtype)
     cache.write(nothing, nothing, torch.arange(len(nothing)))
 

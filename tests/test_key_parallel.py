@@ -29,14 +29,18 @@ Results = dict[tuple[int, str, str], tuple[Tensor, Tensor]]
 
 
 def attend(
-    backend: Backend[Any], layer: str, shard: KeyShard | None, dtype: torch.dtype
+    backend: Backend[Any],
+    layer: str,
+    shard: KeyShard | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What one process computes of the keys of a shard, or of all."""
     sequences, block_size = random_sequences(dtype), STRIPES[backend.name][0]
     paged = (
-        page(backend, sequences, block_size, seed=0)
+        page(backend, sequences, block_size, seed=0, cache_dtype=cache_dtype)
         if shard is None
-        else page_shard(backend, sequences, block_size, shard)
+        else page_shard(backend, sequences, block_size, shard, cache_dtype)
     )
     encoding = shard_encoding(LAYERS[layer], dtype)
     return paged_attention(
@@ -87,6 +91,18 @@ def test_parts_merge_to_the_whole(name: str, layer: str, ranks: int) -> None:
     limit = 1e-6 if name == "cpu" else 1e-12
     assert relative_error(output, alone[0]) < limit
     assert relative_error(lse, alone[1]) < limit
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
+def test_narrow_caches_may_be_spread(cache_dtype: torch.dtype) -> None:
+    backend, stripe = BACKENDS["cpu"], STRIPES["cpu"][1]
+    parts = [
+        attend(backend, "kerple-v1", KeyShard(rank, 2, stripe), torch.float32, cache_dtype) for rank in (0, 1)
+    ]
+    output, lse = merge(*map(torch.stack, zip(*parts, strict=True)))
+    alone = attend(backend, "kerple-v1", None, torch.float32, cache_dtype)
+    assert relative_error(output, alone[0]) < 1e-6
+    assert relative_error(lse, alone[1]) < 1e-6
 
 
 @pytest.mark.parametrize("threads", [1, 2])
