@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dape_kernels.cpu import library
 from dape_kernels.cpu.decoder import pack_weight
 from dape_kernels.decoder import Decoder
 from dape_kernels.encoding import Encoding
-from dape_kernels.paged import RaggedBatch
+from dape_kernels.paged import KeyShard, RaggedBatch
 from dape_kernels.reference import reference_attention
 from layers import relative_error
 from models import DAPE_KERPLE, random_model
@@ -261,6 +262,8 @@ def test_misfits_are_refused() -> None:
         decoder.run(torch.zeros(1, 72), long)
     with pytest.raises(ValueError, match=r"layers 1 to 2 are not among 0 to 1"):
         decoder.run(torch.zeros(4, 72), batch, range(1, 3))
+    with pytest.raises(ValueError, match="spread over ranks are not supported by the fused decoder"):
+        decoder.run(torch.zeros(4, 72), replace(batch, shard=KeyShard(0, 2, 4)))
 
 
 @pytest.mark.usefixtures("_instruction_set")
