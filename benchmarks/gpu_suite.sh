@@ -43,7 +43,7 @@ dape() { echo "from dape_server.cli import main; main()"; }
 
 TESTS="tests/test_golden.py tests/test_triton_attention.py tests/test_graphs.py tests/test_xformers.py"
 if [ -n "$DRY" ]; then
-    part checks 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_golden.py -k "output and triton and h4-alibi-v1 and float32"
+    part checks 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_golden.py -k "output and triton and h4-kerple-v1-d32 and float32"
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$FOLDER/device.txt"
     # shellcheck disable=SC2086
