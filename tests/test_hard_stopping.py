@@ -91,6 +91,19 @@ def test_a_signal_in_the_prefill_of_a_long_prompt(tmp_path: Path, patience: int,
     assert "Traceback" not in "".join(server.log)
 
 
+def test_a_client_that_leaves_during_the_drain_holds_nothing_up(folder: Path) -> None:
+    server = Server(folder, *SMALL, "--shutdown-timeout", str(SECONDS))
+    with server.client.stream("POST", "/v1/completions", json=LONG) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.send_signal(signal.SIGTERM)
+        # What comes now was made after the signal, or is the end of a text that was soon done.
+        next(lines, "")
+    assert server.process.wait(SECONDS) == 0
+    assert server.close() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
 def test_a_second_signal_ends_a_long_drain(folder: Path) -> None:
     server = Server(folder, *SMALL, "--shutdown-timeout", "600", "--max-num-batched-tokens", "64")
     # Half a million tokens to be read, chunk by chunk: nothing may wait for their end.

@@ -95,6 +95,8 @@ class TestRefusedByName:
             ({"cache_salt": "x" * 1025}, "cache_salt"),
             ({"request_id": "a b"}, "request_id"),
             ({"request_id": "x" * 129}, "request_id"),
+            ({"request_id": "x" * (1 << 20)}, "request_id"),
+            ({"request_id": "a\nb"}, "request_id"),
             ({"timeout": 0}, "timeout"),
             ({"timeout": 601}, "timeout"),
         ],

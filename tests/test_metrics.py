@@ -55,6 +55,28 @@ def client():
         yield client
 
 
+def test_clients_make_no_series_of_their_own(client):
+    """Names that clients choose become no labels: each would be a series that nobody ever removes."""
+
+    def series():
+        samples = (sample for family in families(client).values() for sample in family.samples)
+        return {(sample.name, *sorted(sample.labels.items())) for sample in samples}
+
+    def ask(name):
+        body = {"prompt": "the", "max_tokens": 1, "user": name, "request_id": name, "cache_salt": name}
+        client.post(COMPLETIONS, json=body, headers={"User-Agent": name, "X-Request-Id": name})
+        client.post(COMPLETIONS, json={**body, "model": name})
+        client.get(f"/{name}")
+        client.request(name.upper(), "/health")
+
+    ask("first")
+    series()  # the first look makes the series of its own route
+    before = series()
+    for number in range(5):
+        ask(f"other-{number}")
+    assert series() == before
+
+
 def families(client):
     return {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
 
