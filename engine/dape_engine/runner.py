@@ -175,11 +175,12 @@ class ModelRunner:
         shape = (config.num_attention_heads, config.head_dim)
         dtype = self.model.word_embeddings.weight.dtype
         tables = torch.zeros(1, -(-longest // self.block_size), dtype=torch.int32, device=self.device)
+        # Every position lies in block 0, whose memory may hold anything yet.
+        zeros = torch.zeros(self.block_size, *shape, dtype=dtype, device=self.device)
+        self.caches[0].write(zeros, zeros, torch.arange(self.block_size, device=self.device))
         for rows, context in ((1, 1), (1, longest), (longest, longest), (min(WARM_ROWS, longest), longest)):
             batch = RaggedBatch([0, rows], [context], tables, self.block_size)
             query = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
-            # All into block 0: written before anything reads it.
-            self.caches[0].write(query, query, torch.arange(rows, device=self.device) % self.block_size)
             paged_attention(
                 query,
                 self.caches[0],
