@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
 
 from dape_engine.cache import BlockPool
+from dape_engine.context_parallel.leader import Leader
 from dape_engine.errors import (
     ContextLengthError,
     EngineStoppedError,
@@ -57,25 +59,25 @@ class AsyncEngine(StepLoop):
     """
 
     def __init__(self, folder: Path, options: EngineOptions, observer: Observer | None = None):
+        ranks = options.context_parallel_size
+        if ranks > 1 and options.threads is None:
+            options = options.model_copy(update={"threads": max(1, torch.get_num_threads() // ranks)})
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self.options = options
         self.model_name = folder.resolve().name
         self.config = load_config(folder, options.yarn_factor)
         self.tokenizer = TextTokenizer.load(folder, self.config)
-        device = _device(options)
-        dtype = _dtype(options, self.config.dtype, device)
-        self.dtype_name = str(dtype).removeprefix("torch.")
-        model = _load(folder, dtype, device, options.yarn_factor)
+        self.dtype_name = str(_dtype(options, self.config.dtype, _device(options))).removeprefix("torch.")
         wanted = options.max_model_len or self.config.max_model_len
         if wanted > self.config.max_model_len:
             raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")
-        runner = ModelRunner(model, options, wanted)
+        runner = _runner(options, wanted, partial(_load, folder, options, self.config.dtype))
         self._layers = LayerWeights(folder, runner)
         self.backend_name = runner.backend.name
         self.num_blocks = runner.num_blocks
         self.cache_bytes = runner.cache_bytes
-        self.block_size = options.block_size
+        self.block_size = runner.block_size
         self.max_model_len = runner.max_model_len
         self._pool = BlockPool(self.num_blocks, self.block_size)
         scheduler = Scheduler(
@@ -105,6 +107,7 @@ class AsyncEngine(StepLoop):
             self._work.notify()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        self._runner.close()
 
     def state(self) -> EngineState:
         """Return a snapshot without waiting for a step."""
@@ -173,6 +176,11 @@ class AsyncEngine(StepLoop):
             QueueFullError, DeadlineError, EngineStoppedError, StepError: see `dape_engine.errors`.
         """
         self._check_tokens(request.token_ids)
+        if self.options.context_parallel_size > 1:
+            raise RequestError(
+                "one query's view of its keys needs them in one process; "
+                f"context_parallel_size is {self.options.context_parallel_size}"
+            )
         check_inspection(request, self.config.num_hidden_layers, self.config.num_attention_heads)
         if request.query >= self.max_model_len:
             raise ContextLengthError(
@@ -204,18 +212,42 @@ class AsyncEngine(StepLoop):
             self._abort(job)
 
 
-def _device(options: EngineOptions) -> torch.device:
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise SettingsError("device: cuda was asked for, but PyTorch sees no CUDA device")
-    return torch.device("cuda" if options.device != "cpu" and available else "cpu")
-
-
-def _load(
-    folder: Path, dtype: torch.dtype, device: torch.device, yarn_factor: float | None
-) -> DapeForCausalLM:
+def _runner(
+    options: EngineOptions, max_model_len: int, load: Callable[[int], DapeForCausalLM]
+) -> ModelRunner:
+    """Load the model and return what runs its steps, with the other ranks if there are any."""
+    if options.context_parallel_size == 1:
+        return ModelRunner(load(0), options, max_model_len)
+    leader = Leader(options, max_model_len, load)
     try:
-        return load_model(folder, dtype, device, yarn_factor)
+        model = load(0)
+        leader.gather()
+        return ModelRunner(model, options, max_model_len, leader)
+    except BaseException:
+        leader.close()
+        raise
+
+
+def _device(options: EngineOptions, rank: int = 0) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.device == "cuda" and not count:
+        raise SettingsError("device: cuda was asked for, but PyTorch sees no CUDA device")
+    if options.device == "cpu" or not count:
+        return torch.device("cpu")
+    if options.context_parallel_size > count:
+        raise SettingsError(
+            f"context_parallel_size: {options.context_parallel_size} ranks need a GPU each, "
+            f"PyTorch sees {count}"
+        )
+    return torch.device("cuda", rank) if options.context_parallel_size > 1 else torch.device("cuda")
+
+
+def _load(folder: Path, options: EngineOptions, stored: str, rank: int) -> DapeForCausalLM:
+    """Return the model of a rank, whose weights are stored in the dtype of that name."""
+    device = _device(options, rank)
+    dtype = _dtype(options, stored, device)
+    try:
+        return load_model(folder, dtype, device, options.yarn_factor)
     except torch.OutOfMemoryError as error:
         free, total = (size >> 20 for size in torch.cuda.mem_get_info(device))
         raise SettingsError(

@@ -12,6 +12,7 @@ from dape_engine.speculation import SpeculativeConfig
 
 Positive = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 MAX_THREADS = 1024
+MAX_RANKS = 64
 
 
 def _as_json(value: Any) -> Any:
@@ -55,6 +56,9 @@ class EngineOptions(BaseModel):
     """On a GPU: launch decode steps as captured graphs."""
     block_size: Positive = 16
     """Tokens of one cache block."""
+    context_parallel_size: Annotated[int, Field(gt=0, le=MAX_RANKS)] = 1
+    """Processes of this machine over which the keys and values of every sequence are spread, each with the
+    whole model and its own cache, on a GPU of its own where there are any."""
     speculative_config: Annotated[SpeculativeConfig | None, BeforeValidator(_as_json)] = None
     """Speculative decoding of requests that do not choose for themselves, as JSON:
     {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5}."""

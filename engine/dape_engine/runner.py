@@ -6,15 +6,18 @@ of queues, text or clients. Letters: T rows of the step, h hidden size.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import abc
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 
 import torch
 from torch import Tensor, nn
 
+from dape_engine.context_parallel.ranks import Layers, Order, Ranks, Rows, spread_blocks
 from dape_engine.errors import SettingsError, StepError
 from dape_engine.graphs import DecodeGraphs, capture_cuda
 from dape_engine.memory import cache_memory
@@ -27,8 +30,9 @@ from dape_engine.segments import SegmentCache
 from dape_engine.sequence import Sequence
 from dape_engine.speculation import verified
 from dape_engine.step import Chunk
-from dape_kernels.attention import paged_attention, select_backend
+from dape_kernels.attention import paged_attention, select_backend, shard_obstacle
 from dape_kernels.decoder import Decoder
+from dape_kernels.distributed import key_parallel_attention, write_held
 from dape_kernels.paged import RaggedBatch
 
 # Long enough that keys are split, and as many rows as a chunk beside others may have.
@@ -53,6 +57,8 @@ class ChunkResult:
 class Pass:
     """Rows on their way through the layers."""
 
+    number: int
+    """Of all passes that the runner has begun."""
     chunks: abc.Sequence[Chunk]
     batch: RaggedBatch
     positions: Tensor
@@ -66,31 +72,58 @@ class Pass:
 class ModelRunner:
     """Runs steps of one model on one device.
 
+    Args:
+        model: with its weights.
+        options: of the engine.
+        max_model_len: the longest sequence wanted.
+        ranks: where the keys of a sequence are spread over several processes.
+
     Raises:
         SettingsError: the cache memory is too small, or no backend can run the encoding.
     """
 
-    def __init__(self, model: DapeForCausalLM, options: EngineOptions, max_model_len: int):
+    def __init__(
+        self,
+        model: DapeForCausalLM,
+        options: EngineOptions,
+        max_model_len: int,
+        ranks: Ranks | None = None,
+    ):
         self.model = model
         self.device = model.word_embeddings.weight.device
-        self.block_size = options.block_size
+        self._ranks = ranks
+        self._shard = None if ranks is None else ranks.shard
+        self._cache_block_size = options.block_size
+        per_block = 1 if self._shard is None else self._shard.stripe
+        self.block_size = options.block_size * per_block * (1 if self._shard is None else self._shard.ranks)
+        """Tokens of a block as the scheduler counts them: of every rank, one stripe of cache blocks."""
         self.workspace = options.attention_workspace
         encodings = [position.encoding() for position in model.encodings]
         dtype = cache_dtype(model, options)
         try:
             self.backend = select_backend(
-                options.attention_backend, encodings[0], dtype, self.device, self.block_size
+                options.attention_backend, encodings[0], dtype, self.device, self._cache_block_size
             )
         except ValueError as error:
             raise SettingsError(f"attention_backend: {error}") from error
+        obstacle = None if ranks is None else shard_obstacle(self.backend, encodings[0])
+        if obstacle is not None:
+            raise SettingsError(f"context_parallel_size: {obstacle}")
         config = model.config
         self.num_layers = config.num_hidden_layers
-        block_bytes = config.num_hidden_layers * self.backend.block_bytes(
-            self.block_size, config.num_attention_heads, config.head_dim, dtype
+        self._numbers = itertools.count()
+        block_bytes = (
+            per_block
+            * config.num_hidden_layers
+            * self.backend.block_bytes(
+                self._cache_block_size, config.num_attention_heads, config.head_dim, dtype
+            )
         )
         memory, why = cache_memory(config, options, self.device, model.word_embeddings.weight.dtype)
         logger.info("KV cache of %d MiB (%s)", memory >> 20, why)
         self.num_blocks = memory // block_bytes
+        if ranks is not None:
+            self.num_blocks = ranks.smallest(self.num_blocks)
         if self.num_blocks < 2:
             raise SettingsError(
                 f"kv_cache_memory: {memory} bytes hold {self.num_blocks} blocks of "
@@ -98,7 +131,12 @@ class ModelRunner:
             )
         self.cache_bytes = self.num_blocks * block_bytes
         # The places of BiPE's tokens are worked out on the host.
-        replays = self.backend.replayable and options.cuda_graphs and config.position.kind != "bipe"
+        replays = (
+            self.backend.replayable
+            and options.cuda_graphs
+            and config.position.kind != "bipe"
+            and ranks is None
+        )
         self.max_model_len = min(max_model_len, self.num_blocks * self.block_size)
         """Longest sequence that the cache holds; tables of distances are no longer."""
         self.encodings = [self.backend.prepare(e, self.max_model_len, self.device) for e in encodings]
@@ -106,8 +144,8 @@ class ModelRunner:
             self.caches = [
                 self.backend.allocate(
                     # Rows of a graph that are not there write to a block of their own.
-                    self.num_blocks + replays,
-                    self.block_size,
+                    self.num_blocks * per_block + replays,
+                    self._cache_block_size,
                     config.num_attention_heads,
                     config.head_dim,
                     dtype,
@@ -127,7 +165,7 @@ class ModelRunner:
         modules = model.decoder_modules()
         if modules is None:
             logger.info("no fused decoder: it has no rotation (rope) and no clip_qkv")
-        else:
+        elif ranks is None:
             self._decoder = self.backend.decoder(modules, self.caches, self.encodings, self.max_model_len)
         if self._decoder is not None:
             # It has its own copy of their weights.
@@ -174,12 +212,13 @@ class ModelRunner:
         config, longest = self.model.config, min(WARM_CONTEXT, self.max_model_len)
         shape = (config.num_attention_heads, config.head_dim)
         dtype = self.model.word_embeddings.weight.dtype
-        tables = torch.zeros(1, -(-longest // self.block_size), dtype=torch.int32, device=self.device)
+        size = self._cache_block_size
+        tables = torch.zeros(1, -(-longest // size), dtype=torch.int32, device=self.device)
         # Every position lies in block 0, whose memory may hold anything yet.
-        zeros = torch.zeros(self.block_size, *shape, dtype=dtype, device=self.device)
-        self.caches[0].write(zeros, zeros, torch.arange(self.block_size, device=self.device))
+        zeros = torch.zeros(size, *shape, dtype=dtype, device=self.device)
+        self.caches[0].write(zeros, zeros, torch.arange(size, device=self.device))
         for rows, context in ((1, 1), (1, longest), (longest, longest), (min(WARM_ROWS, longest), longest)):
-            batch = RaggedBatch([0, rows], [context], tables, self.block_size)
+            batch = RaggedBatch([0, rows], [context], tables, size)
             query = torch.zeros(rows, *shape, dtype=dtype, device=self.device)
             paged_attention(
                 query,
@@ -203,37 +242,53 @@ class ModelRunner:
         hidden = self.model(token_ids, positions.clamp_min(0).long(), self._attention(batch))
         return logits(hidden, self.model.final_linear.weight)
 
-    @torch.inference_mode()
     def begin(self, chunks: abc.Sequence[Chunk]) -> Pass:
         """Pack the rows of chunks and embed their tokens; `advance` then takes them through the layers."""
-        token_ids = torch.tensor(
-            [t for c in chunks for t in (*c.sequence.tokens[c.start : c.end], *c.proposed)],
-            device=self.device,
+        rows = Rows(
+            token_ids=[t for c in chunks for t in (*c.sequence.tokens[c.start : c.end], *c.proposed)],
+            counts=[chunk.count for chunk in chunks],
+            context_lens=[chunk.start + chunk.count for chunk in chunks],
+            blocks=[chunk.sequence.blocks for chunk in chunks],
         )
-        batch = self._batch(chunks)
-        if self.segments is None:
-            positions = torch.tensor(
-                [p for c in chunks for p in range(c.start, c.start + c.count)], device=self.device
-            )
-        else:
-            positions = self.segments.add(chunks, batch, token_ids)
-        hidden = self.model.embed(token_ids, positions)
-        if self._decoder is not None:
-            hidden = hidden.float()
-        return Pass(chunks, batch, positions, hidden, 0, self.num_layers)
+        return self.enter(rows, chunks)
+
+    @torch.inference_mode()
+    def enter(self, rows: Rows, chunks: abc.Sequence[Chunk] = ()) -> Pass:
+        """Embed the tokens of rows; their chunks are of use to the rank that scores and samples only."""
+        with self._together(rows):
+            token_ids = torch.tensor(rows.token_ids, device=self.device)
+            batch = self._batch(rows)
+            if self.segments is None:
+                spans = (batch.positions(sequence) for sequence in range(len(rows.counts)))
+                positions = torch.tensor([p for span in spans for p in span], device=self.device)
+            else:
+                positions = self.segments.add(chunks, batch, token_ids)
+            hidden = self.model.embed(token_ids, positions)
+            if self._decoder is not None:
+                hidden = hidden.float()
+            return Pass(next(self._numbers), chunks, batch, positions, hidden, 0, self.num_layers)
 
     @torch.inference_mode()
     def advance(self, work: Pass, count: int) -> None:
         """Run up to `count` of the next layers, keys and values of which go to the cache."""
         layers = range(work.num_done, work.num_done + min(count, work.num_left))
-        if self._decoder is not None:
-            work.hidden = self._decoder.run(work.hidden, work.batch, layers)
-        else:
-            work.hidden = self.model.run_layers(
-                work.hidden, work.positions, self._attention(work.batch), layers
-            )
+        with self._together(Layers(work.number, count)):
+            if self._decoder is not None:
+                work.hidden = self._decoder.run(work.hidden, work.batch, layers)
+            else:
+                work.hidden = self.model.run_layers(
+                    work.hidden, work.positions, self._attention(work.batch), layers
+                )
         work.num_done = layers.stop
         work.num_left -= len(layers)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        if self._ranks is not None:
+            self._ranks.close()
+
+    def _together(self, order: Order) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.together(order)
 
     @torch.inference_mode()
     def finish(self, work: Pass, states: Mapping[Sequence, SamplerState]) -> list[ChunkResult]:
@@ -243,28 +298,34 @@ class ModelRunner:
         self._sample(work.chunks, work.batch, work.hidden, states, results)
         return results
 
-    def _batch(self, chunks: abc.Sequence[Chunk]) -> RaggedBatch:
-        width = max(len(chunk.sequence.blocks) for chunk in chunks)
-        tables = torch.zeros(len(chunks), width, dtype=torch.int32)
-        for row, chunk in enumerate(chunks):
-            blocks = chunk.sequence.blocks
+    def _batch(self, rows: Rows) -> RaggedBatch:
+        tables = torch.zeros(len(rows.blocks), max(map(len, rows.blocks)), dtype=torch.int32)
+        for row, blocks in enumerate(rows.blocks):
             tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        if self._shard is not None:
+            tables = spread_blocks(tables, self._shard)
         return RaggedBatch(
-            query_starts=[0, *accumulate(chunk.count for chunk in chunks)],
-            context_lens=[chunk.start + chunk.count for chunk in chunks],
+            query_starts=[0, *accumulate(rows.counts)],
+            context_lens=rows.context_lens,
             block_tables=tables.to(self.device),
-            block_size=self.block_size,
+            block_size=self._cache_block_size,
             segments=None if self.segments is None else self.segments.segment,
+            shard=self._shard,
         )
 
     def _attention(self, batch: RaggedBatch) -> Attend:
         """Return the attention of every layer over the paged caches."""
-        slots = batch.slots()
+        spread = batch.shard is not None
+        slots = None if spread else batch.slots()
+        compute = key_parallel_attention if spread else paged_attention
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache = self.caches[layer]
-            cache.write(key, value, slots)
-            output, _ = paged_attention(
+            if slots is None:
+                write_held(cache, key, value, batch)
+            else:
+                cache.write(key, value, slots)
+            output, _ = compute(
                 query, cache, batch, self.encodings[layer], backend=self.backend, workspace=self.workspace
             )
             return output
