@@ -16,10 +16,12 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional
 
+from dape_engine.errors import SettingsError
 from dape_engine.model import DapeForCausalLM
 from dape_engine.weights import load_model
 from dape_training.config import TrainingConfig, load_training_config
 from dape_training.data import (
+    Corpus,
     read_documents,
     tokenize_documents,
     train_tokenizer,
@@ -178,6 +180,32 @@ def test_documents_are_read_from_plain_and_compressed_files(tmp_path: Path, conf
     (tmp_path / "plain.jsonl").write_text('{"text": "é"}\n{"text": "b"}\n')
     assert read_documents(tmp_path / "plain.jsonl") == ["é", "b"]
     assert len(read_documents(config.train_data)) == 20
+
+
+def test_a_corpus_is_made_of_files_and_licences(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"text": "1", "license": "CC0"}\n{"text": "2", "license": "GPL"}\n')
+    second.write_text('{"text": "3", "license": "CC0"}\n{"text": "4"}\n')
+    assert Corpus.of([second, first, second]).documents() == ["3", "4", "1", "2", "3", "4"]
+    free = Corpus.of([first, second], ["CC0"])
+    assert free.documents() == ["1", "3"]
+    assert len({free.key(), Corpus.of([first, second]).key(), Corpus.of(first).key()}) == 3
+    with pytest.raises(ValueError, match="no document has 'MIT'"):
+        Corpus.of(first, ["CC0", "MIT"]).documents()
+
+
+def test_a_run_goes_on_from_the_weights_of_a_model_folder(config: TrainingConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "first")
+    model = tmp_path / "first/model"
+    further = config.model_copy(update={"initial_weights": model, "seed": 1, "warmup_steps": 20})
+    train(further, tmp_path / "second")
+    first, second = losses(tmp_path / "first"), losses(tmp_path / "second")
+    assert second[10] < first[20]
+    assert (tmp_path / "second/model/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert "from the weights of model" in (tmp_path / "second/model/README.md").read_text()
+    wide = further.model_copy(update={"model": further.model.model_copy(update={"intermediate_size": 96})})
+    with pytest.raises(SettingsError, match=r"initial_weights: .* has the shape \(64,\), expected \(96,\)"):
+        train(wide, tmp_path / "third")
 
 
 @pytest.mark.parametrize("count", [1, 511, 1030])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dape_training.config import TrainingConfig
+from dape_training.data import Corpus
 
 CURVE = "loss.png"
 
@@ -28,6 +29,9 @@ def write_model_card(folder: Path, config: TrainingConfig, metrics: Path) -> Non
     tokens = config.steps * config.batch_size * model.train_length
     rates = f"{config.learning_rate:g} after {config.warmup_steps} steps"
     note = f": {config.data_note}" if config.data_note else ""
+    files = dict.fromkeys(Corpus.of(config.train_data).files)
+    texts = ", ".join(f"`{path.parent.name}/{path.name}`" for path in files)
+    begun = "" if config.initial_weights is None else f", from the weights of {config.initial_weights.name}"
     final = f"{validation[-1][1]:.4f}" if validation else "not measured"
     (folder / "README.md").write_text(
         f"""# {folder.name if folder.name != "model" else folder.parent.name}
@@ -38,9 +42,9 @@ A decoder in the GPT-NeoX form with {encoding}: {model.num_hidden_layers} layers
 | | |
 |---|---|
 | licence of the weights | {config.license} |
-| training text | `{config.train_data.parent.name}/{config.train_data.name}`{note} |
+| training text | {texts}{note} |
 | train length | {model.train_length} tokens |
-| steps | {config.steps} of {config.batch_size} windows: {tokens / 1e6:.1f} M tokens |
+| steps | {config.steps} of {config.batch_size} windows: {tokens / 1e6:.1f} M tokens{begun} |
 | optimiser | AdamW, betas {config.betas[0]} and {config.betas[1]}, weight decay {config.weight_decay} |
 | learning rate | {rates}, cosine to {config.min_learning_rate:g} |
 | precision | {"bfloat16 products, float32 weights" if config.precision == "bf16" else "float32"} |

@@ -19,13 +19,17 @@ class TrainingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model: ModelConfig
-    train_data: Path
-    """JSON Lines (may be .xz) with a "text" field per document."""
-    valid_data: Path
+    train_data: Path | list[Path]
+    """JSON Lines (may be .xz) with a "text" field per document. One named twice counts twice."""
+    valid_data: Path | list[Path]
+    licenses: list[str] | None = None
+    """Train on those documents only whose "license" field is one of these; by default on all."""
     data_note: str = ""
     """Where the text comes from and its licence, for the model card."""
     license: str = "Apache-2.0"
     """Of the trained weights."""
+    initial_weights: Path | None = None
+    """A model folder with the sizes of `model`, whose weights the run begins with; by default random ones."""
     tokenizer: Path | None = None
     """A tokenizer.json; by default one is trained on the training text and kept in the run folder."""
     batch_size: Positive = 32

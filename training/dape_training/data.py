@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +23,49 @@ SEGMENT_ENDS = frozenset("\n.?!")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """JSON Lines files, and which of their documents count."""
+
+    files: tuple[Path, ...]
+    licenses: tuple[str, ...] | None = None
+    """Of the documents that count; None for all."""
+
+    @classmethod
+    def of(cls, files: Path | Iterable[Path], licenses: Iterable[str] | None = None) -> Corpus:
+        """Return the corpus of one file or of several."""
+        paths = (files,) if isinstance(files, Path) else tuple(files)
+        return cls(paths, None if licenses is None else tuple(licenses))
+
+    def documents(self) -> list[str]:
+        """Return the text of every document that counts.
+
+        Raises:
+            ValueError: a licence that no document has, which is a slip of the pen.
+        """
+        if self.licenses is None:
+            return [text for path in self.files for text in read_documents(path)]
+        lines = [line for path in self.files for line in _lines(path)]
+        unknown = set(self.licenses) - {line.get("license") for line in lines}
+        if unknown:
+            raise ValueError(f"licenses: no document has {', '.join(map(repr, sorted(unknown)))}")
+        return [line["text"] for line in lines if line.get("license") in self.licenses]
+
+    def key(self) -> bytes:
+        """Return what tells this corpus from others."""
+        licenses = b"" if self.licenses is None else json.dumps(self.licenses).encode()
+        return b"".join(path.read_bytes() for path in self.files) + licenses
+
+
 def read_documents(path: Path) -> list[str]:
     """Return the "text" of every line of a JSON Lines file, compressed by xz or not."""
+    return [line["text"] for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     opener = lzma.open if path.suffix == ".xz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        return [json.loads(line) for line in lines]
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
@@ -57,25 +97,25 @@ def tokenize_documents(documents: list[str], tokenizer: Tokenizer) -> np.ndarray
     return np.concatenate([np.array([*e.ids, end], dtype=np.int32) for e in encoded])
 
 
-def saved_tokenizer(data: Path, vocab_size: int, folder: Path) -> Tokenizer:
+def saved_tokenizer(data: Corpus, vocab_size: int, folder: Path) -> Tokenizer:
     """Return the tokenizer.json of a folder, trained on the documents of `data` if it is not there yet."""
     saved = folder / "tokenizer.json"
     if not saved.exists():
-        documents = read_documents(data)
+        documents = data.documents()
         logger.info("training the tokenizer on %d documents", len(documents))
         with whole_file(saved) as new:
             train_tokenizer(documents, vocab_size).save(str(new))
     return Tokenizer.from_file(str(saved))
 
 
-def saved_tokens(data: Path, tokenizer: Tokenizer, folder: Path) -> np.ndarray:
-    """Return `tokenize_documents` of a file, kept in a folder under a name made from text and tokenizer."""
-    key = hashlib.sha256(data.read_bytes() + tokenizer.to_str().encode()).hexdigest()[:16]
+def saved_tokens(data: Corpus, tokenizer: Tokenizer, folder: Path) -> np.ndarray:
+    """Return `tokenize_documents` of a corpus, kept in a folder under a name made from text and tokenizer."""
+    key = hashlib.sha256(data.key() + tokenizer.to_str().encode()).hexdigest()[:16]
     saved = folder / f"tokens-{key}.npy"
     if not saved.exists():
-        logger.info("tokenizing %s", data)
+        logger.info("tokenizing %s", ", ".join(map(str, data.files)))
         with whole_file(saved) as new, new.open("wb") as file:
-            np.save(file, tokenize_documents(read_documents(data), tokenizer))
+            np.save(file, tokenize_documents(data.documents(), tokenizer))
     tokens: np.ndarray = np.load(saved, mmap_mode="r")
     return tokens
 

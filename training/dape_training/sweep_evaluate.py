@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dape_engine.engine import AsyncEngine
-from dape_training.data import read_documents
+from dape_training.data import Corpus
 from dape_training.evaluate import choose_targets, score_end, score_positions
 from dape_training.files import write_json
 from dape_training.sweep import Job
@@ -100,7 +100,7 @@ async def evaluate_run(
         RequestError: no document is long enough.
     """
     job = evaluation.job
-    texts = read_documents(job.config.valid_data)
+    texts = Corpus.of(job.config.valid_data).documents()
     lengths = evaluation.lengths(protocol)
     samples: dict[int, list[float]] = {}
     positions: list[list[float]] = []

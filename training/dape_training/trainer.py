@@ -21,13 +21,16 @@ from rich import progress as bars
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dape_engine.errors import SettingsError
 from dape_engine.model import DapeForCausalLM, initialise
-from dape_engine.weights import save_model_folder
+from dape_engine.tokenizer import FILE as TOKENIZER
+from dape_engine.weights import load_model, save_model_folder
 from dape_kernels.dense import dense_attention
 from dape_training import checkpoint
 from dape_training.card import write_model_card
 from dape_training.config import TrainingConfig
 from dape_training.data import (
+    Corpus,
     saved_tokenizer,
     saved_tokens,
     segment_tokens,
@@ -121,6 +124,8 @@ def train(
         settings = settings.with_position(segment_tokens=segment_tokens(tokenizer))
     model = DapeForCausalLM(settings)
     initialise(model)
+    if config.initial_weights is not None:
+        _take_weights(model, config.initial_weights)
     loss_module = NextTokenLoss(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, eps=1e-8
@@ -166,21 +171,43 @@ def train(
 
 def prepare_data(config: TrainingConfig, folder: Path) -> tuple[Tokenizer, np.ndarray, list[Tensor]]:
     """Return tokenizer, training tokens and validation windows; tokenizer and tokens are kept in `folder`."""
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.from_file(str(config.tokenizer))
+    training = Corpus.of(config.train_data, config.licenses)
+    # Weights are of use with the tokens that they have learned only.
+    saved = config.initial_weights and config.initial_weights / TOKENIZER
+    if given := config.tokenizer or saved:
+        tokenizer = Tokenizer.from_file(str(given))
     else:
-        tokenizer = saved_tokenizer(config.train_data, config.model.vocab_size, folder)
+        tokenizer = saved_tokenizer(training, config.model.vocab_size, folder)
     if tokenizer.get_vocab_size() > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.get_vocab_size()} entries, "
             f"above model.vocab_size {config.model.vocab_size}"
         )
     tokens, valid_tokens = (
-        saved_tokens(data, tokenizer, folder) for data in (config.train_data, config.valid_data)
+        saved_tokens(data, tokenizer, folder) for data in (training, Corpus.of(config.valid_data))
     )
     logger.info("%d training tokens, %d validation tokens", len(tokens), len(valid_tokens))
     length = config.model.train_length
     return tokenizer, tokens, validation_batches(valid_tokens, length, config.batch_size, VALIDATION_BATCHES)
+
+
+def _take_weights(model: DapeForCausalLM, folder: Path) -> None:
+    """Copy the weights of a model folder into a model.
+
+    Raises:
+        SettingsError: they do not fit it.
+        ModelFolderError: see `load_model`.
+    """
+    state = load_model(folder, torch.float32, torch.device("cpu")).state_dict()
+    own = model.state_dict()
+    sizes, others = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+    wrong = sorted(name for name in sizes.keys() | others.keys() if sizes.get(name) != others.get(name))
+    if wrong:
+        raise SettingsError(
+            f"initial_weights: {folder} does not fit the settings of `model`: {wrong[0]} has the shape "
+            f"{others.get(wrong[0])}, expected {sizes.get(wrong[0])}"
+        )
+    model.load_state_dict(state)
 
 
 def _write_result(folder: Path, config: TrainingConfig, model: nn.Module) -> None:
