@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,18 @@ def test_a_signal_before_the_first_request_ends_the_process(
     folder: Path, number: signal.Signals, until: str
 ) -> None:
     command = [sys.executable, "-m", "dape_server", "serve", str(folder), "--port", "0", *SMALL]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in the background of a shell, they ignore SIGINT, and so would their children.
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
         assert process.stderr is not None
         while until and until not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(number)
+        try:
+            code = process.wait(SECONDS)
+        finally:
+            process.kill()
         rest = process.stderr.read()
-        code = process.wait(SECONDS)
     # Before it serves, a process has nothing to finish: the signal may end it as it ends any other.
     assert code in (0, 1, 130, -number), rest
     if number == signal.SIGTERM:
