@@ -89,7 +89,7 @@ class Numbers:
 
     @property
     def key_runs(self) -> list[str]:
-        """The runs that the sweep trains with several seeds, in its order."""
+        """The runs that the sweep trains with several seeds (all, where none has several), in its order."""
         return [name for name in self.runs if name.removesuffix("-yarn") in self.head["key_runs"]]
 
     @property

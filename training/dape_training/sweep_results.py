@@ -47,7 +47,7 @@ def collect_results(
             "heads": config.model.num_attention_heads,
             "vocabulary": config.model.vocab_size,
             **{name: scored[0].job.result[name] for name in ("steps", "tokens")},
-            "key_runs": [run for run, settings in sweep.runs.items() if len(settings.seeds) > 1],
+            "key_runs": _key_runs(sweep),
             "runs_planned": len(own),
             "runs_scored": sum(not evaluation.yarn for evaluation in scored),
             "targets": json.loads(scored[0].path.read_text())["targets"],
@@ -83,3 +83,9 @@ def _rounded(losses: Sequence[float]) -> list[float]:
 def _one_row_a_line(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     lines = ",\n".join(json.dumps(row) for row in rows)
     return json.dumps(head)[:-1] + f',\n"rows": [\n{lines}\n]}}\n'
+
+
+def _key_runs(sweep: Sweep) -> list[str]:
+    """Return the runs with several seeds, or all where none has."""
+    repeated = [name for name, run in sweep.runs.items() if len(run.seeds) > 1]
+    return repeated or list(sweep.runs)
