@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from dape_kernels.attention import BACKENDS, LayerCache
+from dape_kernels.attention import BACKENDS
+from dape_kernels.backend import LayerCache
 from dape_kernels.bench.machine import machine
 from dape_kernels.bench.timing import ratio
 from dape_kernels.bench.workload import BLOCK_SIZE, CPU, FILL_ROWS, WORKSPACE, Shape
@@ -45,7 +46,7 @@ def fill(keys: int, shard: KeyShard) -> tuple[LayerCache, Tensor]:
     blocks = torch.arange(-(-keys // BLOCK_SIZE))
     held = shard.holds(blocks)
     table = torch.where(held, held.cumsum(0) - 1, 0).to(torch.int32)[None]
-    cache = BACKEND.allocate(
+    cache = BACKEND.cache.allocate(
         max(1, int(held.sum())), BLOCK_SIZE, SHAPE.heads, SHAPE.head_dim, torch.bfloat16, CPU
     )
     for start in range(0, keys, FILL_ROWS):
@@ -120,7 +121,7 @@ def measure(keys: int, rounds: int, threads: int) -> list[dict[str, Any]]:
                 "bytes_sent_by_each_rank": gathered_bytes(rows, SHAPE.heads, SHAPE.head_dim, ranks),
                 "bytes_on_loopback_of_all_ranks": passed,
                 "bytes_of_keys_and_values": keys
-                * BACKEND.block_bytes(BLOCK_SIZE, SHAPE.heads, SHAPE.head_dim, torch.bfloat16)
+                * BACKEND.cache.block_bytes(BLOCK_SIZE, SHAPE.heads, SHAPE.head_dim, torch.bfloat16)
                 // BLOCK_SIZE,
                 "largest_difference_over_largest_output": float(
                     (output - expected).abs().max() / expected.abs().max()

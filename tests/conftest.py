@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dape_kernels.attention import BACKENDS, Backend
+from dape_kernels.attention import BACKENDS
+from dape_kernels.backend import Backend
 from dape_kernels.cpu.library import (
     BUILDS,
     LibraryMissingError,

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
-from dape_kernels.attention import Backend, LayerCache
+from dape_kernels.backend import Backend, LayerCache
 from dape_kernels.encoding import FORMS, Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import causal, reference_scores
@@ -136,7 +136,7 @@ def page(
         tables[row, :count] = order[end - count : end]
     device = device_of(backend)
     tables = tables.to(device)
-    cache = backend.allocate(blocks, block_size, heads, head_dim, cache_dtype or dtype, device)
+    cache = backend.cache.allocate(blocks, block_size, heads, head_dim, cache_dtype or dtype, device)
     nothing = torch.full((blocks * block_size, heads, head_dim), float("nan"), dtype=dtype, device=device)
     cache.write(nothing, nothing, torch.arange(len(nothing), device=device))
 

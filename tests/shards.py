@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dape_kernels.attention import Backend
+from dape_kernels.backend import Backend
 from dape_kernels.distributed import write_held
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import KeyShard, RaggedBatch
@@ -51,7 +51,7 @@ def page_shard(
     for row, (blocks, numbers) in enumerate(zip(held, order[:-1].split(list(map(len, held))), strict=True)):
         tables[row, blocks] = numbers.to(torch.int32)
     dtype = sequences[0][1].dtype
-    cache = backend.allocate(
+    cache = backend.cache.allocate(
         count + 1, block_size, HEADS, HEAD_DIM, cache_dtype or dtype, torch.device("cpu")
     )
     nothing = torch.full(((count + 1) * block_size, HEADS, HEAD_DIM), float("nan"), dtype=dtype)

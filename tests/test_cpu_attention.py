@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dape_engine.config import DapeConfig
-from dape_kernels.attention import BACKENDS, Backend, paged_attention, select_backend
+from dape_kernels.attention import BACKENDS, paged_attention, select_backend
+from dape_kernels.backend import Backend
 from dape_kernels.bias import Fire
 from dape_kernels.cpu import library
 from dape_kernels.encoding import Encoding
@@ -228,7 +229,7 @@ def test_the_cache_gives_back_what_was_written(best_cpu: Backend[Any]) -> None:
     key, value = torch.randn(2, 40, 3, 24)
     slots = torch.randperm(64)[:40]
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        cache = best_cpu.allocate(4, 16, 3, 24, dtype, DEVICE)
+        cache = best_cpu.cache.allocate(4, 16, 3, 24, dtype, DEVICE)
         cache.write(key, value, slots)
         for written, read in zip((key, value), cache.read(slots), strict=True):
             written = written.transpose(0, 1)
@@ -242,16 +243,16 @@ def test_the_cache_gives_back_what_was_written(best_cpu: Backend[Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 24, 64])
 def test_a_block_takes_the_bytes_it_says(best_cpu: Backend[Any], dtype: torch.dtype, head_dim: int) -> None:
-    cache = best_cpu.allocate(3, 32, 5, head_dim, dtype, DEVICE)
+    cache = best_cpu.cache.allocate(3, 32, 5, head_dim, dtype, DEVICE)
     tensors = [cache.key, cache.value] + ([] if cache.scales is None else [cache.scales])
     assert cache.num_blocks == 3
-    assert sum(tensor.nbytes for tensor in tensors) == 3 * best_cpu.block_bytes(32, 5, head_dim, dtype)
+    assert sum(tensor.nbytes for tensor in tensors) == 3 * best_cpu.cache.block_bytes(32, 5, head_dim, dtype)
 
 
 def test_queries_keys_and_values_may_be_views_of_one_tensor(best_cpu: Backend[Any]) -> None:
     """The model's fused projection gives [T, H, 3, d], which is read in place."""
     query, key, value = torch.randn(30, 3, 3, 16).unbind(-2)
-    cache = best_cpu.allocate(2, 16, 3, 16, torch.float32, DEVICE)
+    cache = best_cpu.cache.allocate(2, 16, 3, 16, torch.float32, DEVICE)
     batch = RaggedBatch([0, 30], [30], torch.tensor([[1, 0]], dtype=torch.int32), 16)
     cache.write(key, value, batch.slots())
     plain = tuple(x.transpose(0, 1)[None] for x in (query, key, value))
@@ -281,7 +282,7 @@ def test_queries_keys_and_values_may_be_views_of_one_tensor(best_cpu: Backend[An
 def test_a_batch_that_does_not_fit_is_refused(
     best_cpu: Backend[Any], change: dict[str, Any], message: str
 ) -> None:
-    cache = best_cpu.allocate(2, 16, 3, 16, torch.float32, DEVICE)
+    cache = best_cpu.cache.allocate(2, 16, 3, 16, torch.float32, DEVICE)
     settings = {"block_tables": torch.tensor([[0, 1]]), "block_size": 16}
     batch = RaggedBatch(**{"query_starts": [0, 30], "context_lens": [30], **settings, **change})
     with pytest.raises(ValueError, match=message):

@@ -60,7 +60,7 @@ def make_decoder(
         used += blocks
     dtype = model.word_embeddings.weight.dtype
     heads, head_dim = config.num_attention_heads, config.head_dim
-    caches = [backend.allocate(used, BLOCK_SIZE, heads, head_dim, dtype, CPU) for _ in model.layers]
+    caches = [backend.cache.allocate(used, BLOCK_SIZE, heads, head_dim, dtype, CPU) for _ in model.layers]
     encodings = encodings or [backend.prepare(e.encoding(), LENGTH, CPU) for e in model.encodings]
     decoder = backend.decoder(model.decoder_modules(), caches, encodings, LENGTH)
     assert decoder is not None

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dape_kernels.attention import Backend, paged_attention
+from dape_kernels.attention import paged_attention
+from dape_kernels.backend import Backend
 from dape_kernels.encoding import RightEdge
 from dape_kernels.reference import reference_attention, reference_scores
 from golden import Golden

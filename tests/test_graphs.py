@@ -17,7 +17,8 @@ from dape_engine.options import EngineOptions
 from dape_engine.request import SamplingParams
 from dape_engine.sequence import Sequence
 from dape_engine.step import Chunk
-from dape_kernels.attention import BACKENDS, Backend
+from dape_kernels.attention import BACKENDS
+from dape_kernels.backend import Backend
 from engines import drawn, engine_of, generate, tokens
 from models import DAPE_KERPLE, random_model, write_model
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, distributed
 
 from dape_engine.config import PositionConfig
-from dape_kernels.attention import BACKENDS, Backend, paged_attention
+from dape_kernels.attention import BACKENDS, paged_attention
+from dape_kernels.backend import Backend
 from dape_kernels.distributed import gathered_bytes, key_parallel_attention, merge, write_held
 from dape_kernels.paged import KeyShard, RaggedBatch
 from key_parallel_rank import CASES, GROUPS, STRIPES

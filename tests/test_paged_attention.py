@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dape_kernels.attention import BACKENDS, Backend, paged_attention, select_backend
+from dape_kernels.attention import BACKENDS, paged_attention, select_backend
+from dape_kernels.backend import Backend
 from dape_kernels.chunked.plan import CPU_WORKSPACE
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch

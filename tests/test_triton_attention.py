@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dape_engine.config import DapeConfig
-from dape_kernels.attention import BACKENDS, Backend, paged_attention
+from dape_kernels.attention import BACKENDS, paged_attention
+from dape_kernels.backend import Backend
 from dape_kernels.bias import Fire
 from dape_kernels.encoding import Encoding
 from dape_kernels.triton.configs import Case, choose, roomy
@@ -193,7 +194,7 @@ def test_int8_cache_loses_accuracy_only_when_written(triton: Backend[Any], form:
 def test_cache_gives_back_what_was_written(triton: Backend[Any], dtype: torch.dtype) -> None:
     """Exactly in the dtype of the cache, and to 254 steps per token and head in int8."""
     device = device_of(triton)
-    cache = triton.allocate(3, 4, 5, 24, dtype, device)
+    cache = triton.cache.allocate(3, 4, 5, 24, dtype, device)
     packed = torch.randn(7, 5, 3, 24, device=device)
     packed[2, 1] = 0  # a scale of zero
     key, value = packed[:, :, 0], packed[:, :, 2]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dape_kernels import xformers_backend
-from dape_kernels.attention import BACKENDS, Backend, paged_attention
+from dape_kernels.attention import BACKENDS, paged_attention
+from dape_kernels.backend import Backend
 from dape_kernels.encoding import Encoding
 from dape_kernels.reference import reference_attention
 from dape_kernels.xformers_backend import PAGE, XformersBackend

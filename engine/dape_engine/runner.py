@@ -115,7 +115,7 @@ class ModelRunner:
         block_bytes = (
             per_block
             * config.num_hidden_layers
-            * self.backend.block_bytes(
+            * self.backend.cache.block_bytes(
                 self._cache_block_size, config.num_attention_heads, config.head_dim, dtype
             )
         )
@@ -142,7 +142,7 @@ class ModelRunner:
         self.encodings = [self.backend.prepare(e, self.max_model_len, self.device) for e in encodings]
         try:
             self.caches = [
-                self.backend.allocate(
+                self.backend.cache.allocate(
                     # Rows of a graph that are not there write to a block of their own.
                     self.num_blocks * per_block + replays,
                     self._cache_block_size,

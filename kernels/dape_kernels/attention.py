@@ -6,15 +6,14 @@ A backend is one file and one line of `BACKENDS`. Letters: T rows of a ragged ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dape_kernels.backend import Backend, LayerCache
 from dape_kernels.chunked import ChunkedBackend
 from dape_kernels.cpu import CpuBackend
-from dape_kernels.decoder import Decoder, DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import ReferenceBackend
@@ -24,99 +23,6 @@ from dape_kernels.xformers_backend import XformersBackend
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-
-
-class LayerCache(Protocol):
-    """Keys and values of one layer; how a block is laid out is the backend's own affair."""
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        ...
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a block."""
-        ...
-
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Store keys and values [T, H, d] of new tokens in their slots, int64 [T]."""
-        ...
-
-    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Return copies of the keys and values [H, n, d] in slots, int64 [n]."""
-        ...
-
-
-Cache = TypeVar("Cache", bound=LayerCache)
-
-
-class Backend(Protocol[Cache]):
-    """One way to compute attention."""
-
-    @property
-    def name(self) -> str:
-        """The name in `BACKENDS`."""
-        ...
-
-    @property
-    def replayable(self) -> bool:
-        """Whether `attend` can be captured in a graph: it takes batches with `live_positions`."""
-        ...
-
-    @property
-    def shardable(self) -> bool:
-        """Whether `attend` takes batches with a `shard`, see `shard_obstacle`."""
-        ...
-
-    def describe(self) -> str:
-        """Return one line about what runs here, or why nothing does."""
-        ...
-
-    def unsupported(
-        self, encoding: Encoding, dtype: torch.dtype, device: torch.device, block_size: int
-    ) -> str | None:
-        """Return why layers with this encoding and cache cannot run here, None if they can."""
-        ...
-
-    def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:
-        """Return an encoding with all that can be computed beforehand for contexts up to `length`."""
-        ...
-
-    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one cache block of one layer, keys and values with all that belongs to them."""
-        ...
-
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Cache:
-        """Return an empty cache for one layer."""
-        ...
-
-    def decoder(
-        self, modules: DecoderModules, caches: Sequence[Cache], encodings: Sequence[Encoding], length: int
-    ) -> Decoder | None:
-        """Return something that runs all layers in one call, None where layers are run one by one.
-
-        Args:
-            modules: what to run; their weights may be copied, so they can be given up afterwards.
-            caches: of each layer, made by `allocate`.
-            encodings: of each layer, made by `prepare`.
-            length: of the longest context.
-        """
-        ...
-
-    def attend(
-        self, query: Tensor, cache: Cache, batch: RaggedBatch, encoding: Encoding, workspace: int
-    ) -> tuple[Tensor, Tensor]:
-        """See `paged_attention`."""
-        ...
 
 
 # The first that supports a layer is chosen, so the fastest come first.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from dape_kernels.attention import Backend, LayerCache, paged_attention
+from dape_kernels.attention import paged_attention
+from dape_kernels.backend import Backend, LayerCache
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import KeyShard, RaggedBatch
 

@@ -5,13 +5,12 @@ Letters: H heads, d head size, T rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dape_kernels.decoder import DecoderModules
+from dape_kernels.backend import Backend
 from dape_kernels.encoding import Encoding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +23,25 @@ class HeadMajorCache:
     key: Tensor
     value: Tensor
     block_size: int
+
+    @staticmethod
+    def block_bytes(block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block, keys and values."""
+        return 2 * block_size * heads * head_dim * dtype.itemsize
+
+    @classmethod
+    def allocate(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> HeadMajorCache:
+        """Return an empty cache."""
+        key, value = torch.zeros(2, heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
+        return cls(key, value, block_size)
 
     @property
     def num_blocks(self) -> int:
@@ -40,11 +58,11 @@ class HeadMajorCache:
         return self.key.index_select(1, slots), self.value.index_select(1, slots)
 
 
-class HeadMajorBackend:
+class HeadMajorBackend(Backend[HeadMajorCache]):
     """Every encoding on every device that PyTorch has."""
 
-    replayable = False
     shardable = True
+    cache = HeadMajorCache
 
     def describe(self) -> str:
         """Return one line about what runs here."""
@@ -63,29 +81,3 @@ class HeadMajorBackend:
     def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:
         """Return an encoding with its tables for contexts up to `length`."""
         return encoding.with_tables(length, device)
-
-    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of one layer."""
-        return 2 * block_size * heads * head_dim * dtype.itemsize
-
-    def decoder(
-        self,
-        modules: DecoderModules,
-        caches: Sequence[HeadMajorCache],
-        encodings: Sequence[Encoding],
-        length: int,
-    ) -> None:
-        """Return None; see `Backend.decoder`."""
-
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> HeadMajorCache:
-        """Return an empty cache for one layer."""
-        key, value = torch.zeros(2, heads, num_blocks * block_size, head_dim, dtype=dtype, device=device)
-        return HeadMajorCache(key, value, block_size)

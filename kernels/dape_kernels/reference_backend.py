@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dape_kernels.backend import LayerCache
 from dape_kernels.encoding import Encoding
 from dape_kernels.head_major import HeadMajorBackend, HeadMajorCache
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference import causal, reference_scores
-
-if TYPE_CHECKING:
-    from dape_kernels.attention import LayerCache
 
 
 class ReferenceBackend(HeadMajorBackend):

@@ -7,7 +7,6 @@ first needed. Letters: T rows of a batch, S sequences, H heads, d head size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import pairwise
@@ -16,22 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dape_kernels.decoder import DecoderModules
+from dape_kernels.backend import Backend
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
-from dape_kernels.triton.cache import TokenCache, block_bytes
+from dape_kernels.triton.cache import TokenCache
 
 # FlashAttention's pages are multiples of this, and its rows of this many bytes.
 PAGE = 256
 ALIGNMENT = 16
 
 
-class XformersBackend:
+class XformersBackend(Backend[TokenCache]):
     """`memory_efficient_attention` over pages, causal from the last row backwards."""
 
     name = "xformers"
-    replayable = False
-    shardable = False
+    cache = TokenCache
 
     def describe(self) -> str:
         """Return one line about what runs here, or why nothing does."""
@@ -60,31 +58,6 @@ class XformersBackend:
     def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:  # noqa: ARG002
         """Return the encoding: there is nothing to prepare."""
         return encoding
-
-    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of one layer."""
-        return block_bytes(block_size, heads, head_dim, dtype)
-
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> TokenCache:
-        """Return a cache for one layer whose slots hold nothing yet."""
-        return TokenCache.allocate(num_blocks, block_size, heads, head_dim, dtype, device)
-
-    def decoder(
-        self,
-        modules: DecoderModules,
-        caches: Sequence[TokenCache],
-        encodings: Sequence[Encoding],
-        length: int,
-    ) -> None:
-        """Return None; see `Backend.decoder`."""
 
     def attend(
         self,

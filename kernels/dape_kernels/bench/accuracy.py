@@ -37,7 +37,7 @@ def max_relative_error(shape: Shape, contexts: tuple[tuple[int, int], ...] = RAG
     results = []
     for name, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
         backend = BACKENDS[name]
-        cache = backend.allocate(sum(blocks), BLOCK_SIZE, shape.heads, shape.head_dim, dtype, CPU)
+        cache = backend.cache.allocate(sum(blocks), BLOCK_SIZE, shape.heads, shape.head_dim, dtype, CPU)
         cache.write(key.to(dtype), value.to(dtype), torch.arange(size[0]))
         encoding = backend.prepare(shape.encoding(dape=True, dtype=dtype), max(batch.context_lens), CPU)
         rows = query[: starts[-1]].to(dtype)

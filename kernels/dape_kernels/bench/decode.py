@@ -13,6 +13,7 @@ from dape_kernels.bench.cases import Case, Setup, kernel_obstacle
 from dape_kernels.bench.probe import reads
 from dape_kernels.bench.timing import Measurement, Seconds, interleave, timed
 from dape_kernels.bench.workload import BLOCK_SIZE, attention, fill
+from dape_kernels.cpu.cache import PanelCache
 
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -58,7 +59,7 @@ def measure_decode(setup: Setup, progress: Callable[[int], None]) -> dict[Case, 
 def cache_bytes(setup: Setup, dtype: torch.dtype) -> int:
     """Return the bytes of the keys and values that one decode step of the backend `cpu` reads."""
     shape, blocks = setup.shape, -(-setup.keys // BLOCK_SIZE)
-    return blocks * BACKENDS["cpu"].block_bytes(BLOCK_SIZE, shape.heads, shape.head_dim, dtype)
+    return blocks * PanelCache.block_bytes(BLOCK_SIZE, shape.heads, shape.head_dim, dtype)
 
 
 def _copies(setup: Setup, size: int) -> range:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dape_kernels.attention import Backend
+from dape_kernels.backend import Backend
 from dape_kernels.bench.workload import BLOCK_SIZE, WORKSPACE, Shape, pairs
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
@@ -93,7 +93,7 @@ def layer(
     shape, backend, device = plan.shape, plan.backend, plan.device
     blocks = [-(-keys // BLOCK_SIZE) for keys, _ in spans]
     size = (shape.heads, shape.head_dim)
-    cache = backend.allocate(sum(blocks), BLOCK_SIZE, *size, cache_dtype or plan.dtype, device)
+    cache = backend.cache.allocate(sum(blocks), BLOCK_SIZE, *size, cache_dtype or plan.dtype, device)
     for first in range(0, sum(blocks) * BLOCK_SIZE, 1 << 16):
         slots = torch.arange(first, min(first + (1 << 16), sum(blocks) * BLOCK_SIZE), device=device)
         key, value = torch.randn(2, len(slots), *size, dtype=plan.dtype, device=device)
@@ -192,7 +192,7 @@ def decode(plan: Plan, bandwidth: float) -> dict[str, Any]:
         ):
             run = layer(plan, [(keys, 1)] * batch, shape.encoding(dape=dape), dtype)
             taken = milliseconds(run, plan.device, plan.repeats)
-            size = batch * plan.backend.block_bytes(keys, shape.heads, shape.head_dim, dtype)
+            size = batch * plan.backend.cache.block_bytes(keys, shape.heads, shape.head_dim, dtype)
             row[f"{name}_ms"] = taken
             row[f"{name}_share_of_copy"] = size / taken / 1e6 / bandwidth
         rows[f"{batch}x{keys}"] = row

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dape_kernels.attention import Backend, LayerCache
+from dape_kernels.backend import Backend, LayerCache
 from dape_kernels.bias import KerpleLog
 from dape_kernels.encoding import Encoding, dape_from_parameters
 from dape_kernels.paged import RaggedBatch
@@ -87,7 +87,7 @@ def fill(backend: Backend[Any], key: Tensor, value: Tensor, dtype: torch.dtype) 
     """Return a cache of one layer that holds the keys and values [N, H, d] of one sequence."""
     tokens, heads, head_dim = key.shape
     blocks = -(-tokens // BLOCK_SIZE)
-    cache: LayerCache = backend.allocate(blocks, BLOCK_SIZE, heads, head_dim, dtype, CPU)
+    cache: LayerCache = backend.cache.allocate(blocks, BLOCK_SIZE, heads, head_dim, dtype, CPU)
     for start in range(0, tokens, FILL_ROWS):
         slots = torch.arange(start, min(start + FILL_ROWS, tokens))
         rows = slice(start, start + len(slots))

@@ -12,8 +12,9 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
+from dape_kernels.backend import Backend
 from dape_kernels.bias import Fire
-from dape_kernels.cpu.cache import PanelCache, block_bytes, check_rows, widen
+from dape_kernels.cpu.cache import PanelCache, check_rows, widen
 from dape_kernels.cpu.decoder import CpuDecoder, decoder_obstacle
 from dape_kernels.cpu.encoding import FIRE_SLOPES, PreparedEncoding
 from dape_kernels.cpu.layout import Layout, batch_struct
@@ -29,12 +30,12 @@ MAX_WIDTH = 128
 KERNELS = (1, 3, 5)
 
 
-class CpuBackend:
+class CpuBackend(Backend[PanelCache]):
     """Every encoding but CoPE and BiPE, on CPUs, in a few megabytes of scratch memory per thread."""
 
     name = "cpu"
-    replayable = False
     shardable = True
+    cache = PanelCache
 
     def describe(self) -> str:
         """Return one line about what runs here."""
@@ -70,22 +71,6 @@ class CpuBackend:
             (bias is not None and not (bias.distance_only or piecewise), "this form of FIRE"),
         )
         return next((f"does not support {text}" for present, text in obstacles if present), None)
-
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,  # noqa: ARG002 (a CPU)
-    ) -> PanelCache:
-        """Return a cache for one layer whose slots hold nothing yet."""
-        return PanelCache.allocate(num_blocks, block_size, heads, head_dim, dtype)
-
-    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of one layer."""
-        return block_bytes(block_size, heads, head_dim, dtype)
 
     def prepare(self, encoding: Encoding, length: int, device: torch.device) -> Encoding:  # noqa: ARG002
         """Return an encoding with its weights and tables laid out for contexts up to `length`."""

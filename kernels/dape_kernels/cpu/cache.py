@@ -27,9 +27,22 @@ class PanelCache:
     block_size: int
     struct: CacheStruct
 
+    @staticmethod
+    def block_bytes(block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block, keys and values, with padding and scales."""
+        words = sum(rows * columns for rows, columns in _panel_words(head_dim, dtype))
+        scales = 2 * PANEL if dtype == torch.int8 else 0
+        return block_size // PANEL * heads * (words + scales) * WORD
+
     @classmethod
     def allocate(
-        cls, num_blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+        cls,
+        num_blocks: int,
+        block_size: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,  # noqa: ARG003 (a CPU)
     ) -> PanelCache:
         """Return a cache whose content is undefined: memory is taken when a block is first written."""
         panels = num_blocks * block_size // PANEL
@@ -84,13 +97,6 @@ class PanelCache:
         key, value = torch.empty(2, self.struct.heads, len(slots), self.struct.head_dim)
         load().dape_read(byref(self.struct), slots.data_ptr(), len(slots), key.data_ptr(), value.data_ptr())
         return key, value
-
-
-def block_bytes(block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block of one layer, keys and values, with padding and scales."""
-    words = sum(rows * columns for rows, columns in _panel_words(head_dim, dtype))
-    scales = 2 * PANEL if dtype == torch.int8 else 0
-    return block_size // PANEL * heads * (words + scales) * WORD
 
 
 def widen(rows: Tensor) -> Tensor:

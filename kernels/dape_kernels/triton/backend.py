@@ -5,7 +5,6 @@ Letters: T rows of the batch, H heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,11 +12,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dape_kernels.backend import Backend
 from dape_kernels.bias import Fire
-from dape_kernels.decoder import DecoderModules
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
-from dape_kernels.triton.cache import TokenCache, block_bytes
+from dape_kernels.triton.cache import TokenCache
 from dape_kernels.triton.configs import Case, Phase, Tiling, choose, roomy
 from dape_kernels.triton.encoding import FIRE_SLOPES, GROUP, PreparedEncoding
 from dape_kernels.triton.plan import MOST_SPLITS, Launch, split_count, work
@@ -35,7 +34,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_CAPABILITY, INTERPRETED_PROCESSORS = (9, 0), 4
 
 
-class TritonBackend:
+class TritonBackend(Backend[TokenCache]):
     """Every encoding but CoPE and BiPE, on CUDA devices, with a workspace for the parts of split keys only.
 
     Args:
@@ -46,7 +45,7 @@ class TritonBackend:
 
     name = "triton"
     replayable = True
-    shardable = False
+    cache = TokenCache
 
     def __init__(self, *, tiling: Tiling | None = None, interpreted: bool = False):
         self._tiling = tiling
@@ -98,31 +97,6 @@ class TritonBackend:
         """Return an encoding with its weights and tables laid out for contexts up to `length`."""
         _prepared(encoding, device).reserve(length)
         return encoding
-
-    def block_bytes(self, block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of one layer."""
-        return block_bytes(block_size, heads, head_dim, dtype)
-
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> TokenCache:
-        """Return a cache for one layer whose slots hold nothing yet."""
-        return TokenCache.allocate(num_blocks, block_size, heads, head_dim, dtype, device)
-
-    def decoder(
-        self,
-        modules: DecoderModules,
-        caches: Sequence[TokenCache],
-        encodings: Sequence[Encoding],
-        length: int,
-    ) -> None:
-        """Return None; see `Backend.decoder`."""
 
     def attend(
         self, query: Tensor, cache: TokenCache, batch: RaggedBatch, encoding: Encoding, workspace: int

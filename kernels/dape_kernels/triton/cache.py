@@ -22,6 +22,12 @@ class TokenCache:
     scales: Tensor | None  # float32 [2, slots, H], keys first; int8 only
     block_size: int
 
+    @staticmethod
+    def block_bytes(block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one block, keys and values with their scales."""
+        scale = SCALE_BYTES if dtype == torch.int8 else 0
+        return 2 * block_size * heads * (head_dim * dtype.itemsize + scale)
+
     @classmethod
     def allocate(
         cls,
@@ -56,9 +62,3 @@ class TokenCache:
             key_scale, value_scale = (scale.index_select(0, slots)[..., None] for scale in self.scales)
             key, value = key * key_scale, value * value_scale
         return key.transpose(0, 1), value.transpose(0, 1)
-
-
-def block_bytes(block_size: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block of one layer, keys and values with their scales."""
-    scale = SCALE_BYTES if dtype == torch.int8 else 0
-    return 2 * block_size * heads * (head_dim * dtype.itemsize + scale)
