@@ -173,6 +173,25 @@ def random_sequence(
     return draw(rows), draw(length), draw(length)
 
 
+def random_batch(
+    backend: Backend[Any],
+    spans: Sequence[tuple[int, int]],
+    heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    block_size: int | None = None,
+    seed: int | None = 0,
+    scale: float = 1.0,
+) -> Paged:
+    """A paged batch of sequences given as (context length, rows), queries times `scale`; else see `page`."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    sequences = [random_sequence(rows, n, heads, head_dim, dtype, generator) for n, rows in spans]
+    sequences = [(query * scale, key, value) for query, key, value in sequences]
+    return page(backend, sequences, block_size or smallest_block(backend), seed=seed, cache_dtype=cache_dtype)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected magnitude; infinite where NaN appears."""
     actual, expected = actual.cpu().double(), expected.cpu().double()

@@ -26,6 +26,7 @@ from layers import (
     PeakMemory,
     device_of,
     page,
+    random_batch,
     random_encoding,
     random_sequence,
     relative_error,
@@ -44,24 +45,6 @@ def _nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def random_batch(
-    spans: list[tuple[int, int]],
-    heads: int = 3,
-    head_dim: int = 5,
-    dtype: torch.dtype = torch.float64,
-    block_size: int = 4,
-    *,
-    backend: Backend[Any] = CHUNKED,
-    seed: int | None = 0,
-    scale: float = 1.0,
-) -> Paged:
-    """A paged batch of sequences given as (context length, rows)."""
-    generator = torch.Generator().manual_seed(seed or 0)
-    sequences = [random_sequence(rows, n, heads, head_dim, dtype, generator) for n, rows in spans]
-    sequences = [(query * scale, key, value) for query, key, value in sequences]
-    return page(backend, sequences, block_size, seed=seed)
 
 
 def attend(
@@ -113,7 +96,9 @@ def test_chunked_equals_definition(
     """Any mix of chunks and decode rows, any blocks, tiles from one pair to everything."""
     dtype, tolerance = precision
     encoding = random_encoding({**LAYERS, **OFFICIAL}[layer], heads, head_dim, dtype, seed or 0)
-    paged = random_batch(spans, heads, head_dim, dtype, block_size, seed=seed, scale=scale)
+    paged = random_batch(
+        CHUNKED, spans, heads, head_dim, dtype=dtype, block_size=block_size, seed=seed, scale=scale
+    )
     workspace = smallest_workspace(paged, encoding) + slack
     output, lse = paged_attention(
         paged.query, paged.cache, paged.batch, encoding, backend=CHUNKED, workspace=workspace
@@ -129,7 +114,7 @@ def test_chunked_equals_definition(
 def test_every_encoding_in_many_tiles(layer: str, slack: int) -> None:
     """A tile of one pair, and tiles of some rows and keys, for chunks and decode rows together."""
     encoding = random_encoding({**LAYERS, **OFFICIAL}[layer], 3, 5)
-    paged = random_batch([(37, 20), (50, 1), (5, 5), (41, 1), (3, 1)])
+    paged = random_batch(CHUNKED, [(37, 20), (50, 1), (5, 5), (41, 1), (3, 1)], 3, 5, dtype=torch.float64)
     output = attend(paged, encoding, smallest_workspace(paged, encoding) + slack)
     assert relative_error(output, paged.expected(encoding, torch.float64)[0]) < 1e-9
 
@@ -166,7 +151,7 @@ def test_batch_mates_do_not_matter(backend: Backend[Any]) -> None:
     dtype, tolerance = (torch.float32, 1e-6) if backend.name in NARROW else (torch.float64, 1e-12)
     encoding, block_size = random_encoding(LAYERS["kerple-v1"], 3, 8, dtype), smallest_block(backend)
     spans = [(37, 5), (9, 9), (150, 1), (2, 1)]
-    together = random_batch(spans, 3, 8, dtype, block_size, backend=backend)
+    together = random_batch(backend, spans, 3, 8, dtype=dtype, block_size=block_size)
     output = attend(together, encoding, backend=backend)
     for index, sequence in enumerate(together.plain):
         alone = page(backend, [sequence], block_size)
@@ -180,7 +165,7 @@ def test_half_precision_accumulates_in_float32(name: str, dtype: torch.dtype) ->
     """Half-precision tensors lose accuracy once, when the output is rounded."""
     backend = BACKENDS[name]
     encoding = random_encoding(LAYERS["kerple-v1"], 3, 5, torch.float32)
-    paged = random_batch([(300, 3), (11, 11)], dtype=dtype, backend=backend)
+    paged = random_batch(backend, [(300, 3), (11, 11)], 3, 5, dtype=dtype)
     output, lse = paged_attention(
         paged.query, paged.cache, paged.batch, encoding, backend=backend, workspace=AMPLE
     )
@@ -193,7 +178,7 @@ def test_half_precision_accumulates_in_float32(name: str, dtype: torch.dtype) ->
 
 def test_cache_may_be_narrower_than_the_queries() -> None:
     encoding = random_encoding(LAYERS["alibi-v1"], 3, 5, torch.float32)
-    paged = random_batch([(40, 7)], dtype=torch.bfloat16)
+    paged = random_batch(CHUNKED, [(40, 7)], 3, 5, dtype=torch.bfloat16)
     wide = Paged(paged.query.float(), paged.cache, paged.batch, paged.plain)
     output = attend(wide, encoding)
     assert output.dtype == torch.float32
@@ -202,7 +187,7 @@ def test_cache_may_be_narrower_than_the_queries() -> None:
 
 def test_tables_may_be_missing_short_or_long() -> None:
     encoding = random_encoding(LAYERS["kerple-v1"], 3, 5)
-    paged = random_batch([(40, 7), (3, 1)])
+    paged = random_batch(CHUNKED, [(40, 7), (3, 1)], 3, 5, dtype=torch.float64)
     expected, _ = paged.expected(encoding, torch.float64)
     for tabulated in (encoding, encoding.with_tables(8), encoding.with_tables(999)):
         assert relative_error(attend(paged, tabulated), expected) < 1e-9
@@ -226,7 +211,7 @@ def test_workspace_bounds_memory(layer: str, rows: int, dtype: torch.dtype) -> N
     workspace = 1 << 17
     encoding = random_encoding(LAYERS[layer], 4, 16, torch.float32).with_tables(900)
     for length in (150, 900):
-        paged = random_batch([(length, rows), (length - 20, 1)], 4, 16, dtype, 16)
+        paged = random_batch(CHUNKED, [(length, rows), (length - 20, 1)], 4, 16, dtype=dtype, block_size=16)
         attend(paged, encoding, workspace)  # makes the plan, which all layers of a step share
         with PeakMemory() as memory:
             output, lse = paged_attention(
@@ -238,7 +223,7 @@ def test_workspace_bounds_memory(layer: str, rows: int, dtype: torch.dtype) -> N
 
 def test_workspace_too_small_is_refused() -> None:
     encoding = random_encoding(LAYERS["fire-v2-k5"], 3, 5)
-    paged = random_batch([(40, 7)])
+    paged = random_batch(CHUNKED, [(40, 7)], 3, 5, dtype=torch.float64)
     enough = smallest_workspace(paged, encoding)
     with pytest.raises(ValueError, match=f"is {enough - 1} bytes, at least {enough} are needed"):
         attend(paged, encoding, enough - 1)
@@ -255,7 +240,7 @@ def test_row_scores_are_rows_of_the_definition(layer: str) -> None:
     """A, B and the adapted bias of single rows add up to the rows of the whole score matrix."""
     length = 11
     encoding = random_encoding({**LAYERS, **OFFICIAL}[layer], 3, 5)
-    paged = random_batch([(4, 2), (length, 6)])
+    paged = random_batch(CHUNKED, [(4, 2), (length, 6)], 3, 5, dtype=torch.float64)
     query, key, _ = paged.plain[1]
     whole = reference_scores(query, key, encoding)[0]
     plain = (query @ key.transpose(-1, -2))[0] * encoding.scale
@@ -289,7 +274,7 @@ def test_selection_says_why(caplog: pytest.LogCaptureFixture) -> None:
 def test_threads_share_the_groups_of_a_batch(layer: str) -> None:
     """However many threads compute them, the results are the same, and PyTorch's own number is kept."""
     encoding = random_encoding(LAYERS[layer], 3, 5)
-    paged = random_batch([(300, 200), (90, 1), (700, 1), (41, 41)])
+    paged = random_batch(CHUNKED, [(300, 200), (90, 1), (700, 1), (41, 41)], 3, 5, dtype=torch.float64)
     before = torch.get_num_threads()
     expected, _ = paged.expected(encoding, torch.float64)
     try:

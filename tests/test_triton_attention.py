@@ -30,9 +30,8 @@ from layers import (
     Layer,
     Paged,
     device_of,
-    page,
+    random_batch,
     random_encoding,
-    random_sequence,
     relative_error,
 )
 
@@ -54,23 +53,6 @@ def _nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def random_batch(
-    backend: Backend[Any],
-    spans: list[tuple[int, int]],
-    heads: int,
-    head_dim: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype | None = None,
-    block_size: int = 4,
-    seed: int = 0,
-) -> Paged:
-    """A paged batch of sequences given as (context length, rows)."""
-    generator = torch.Generator().manual_seed(seed)
-    sequences = [random_sequence(rows, n, heads, head_dim, dtype, generator) for n, rows in spans]
-    return page(backend, sequences, block_size, seed=seed, cache_dtype=cache_dtype)
 
 
 def attend(
