@@ -5,9 +5,7 @@ With `--dry-run` it goes the same way on a CPU, a graph being work that is done 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ from dape_engine.sequence import Sequence
 from dape_engine.step import Chunk
 from dape_engine.weights import load_model
 from dape_kernels.attention import BACKENDS
+from dape_kernels.bench.gpu_options import gpu_options
 from dape_kernels.triton import TritonBackend
 
 PREFILL_ROWS = 1024
@@ -103,17 +102,9 @@ def _milliseconds(run: Callable[[], object], plan: Plan) -> float:
 
 def main(arguments: list[str]) -> None:
     """Measure, and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    options = parser.parse_args(arguments)
+    options = gpu_options(__doc__, arguments)
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton is imported with the first launch
         BACKENDS["triton"] = TritonBackend(interpreted=True)
-    elif not torch.cuda.is_available():
-        parser.error("PyTorch sees no CUDA device; --dry-run goes the same way without one")
     figures = measure(DRY if options.dry_run else GPU)
     options.json.write_text(json.dumps(figures, indent=1))
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")

@@ -6,9 +6,7 @@ Triton's interpreter: its times mean nothing, but it goes the same way.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -16,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dape_kernels.backend import Backend
+from dape_kernels.bench.gpu_options import gpu_options
 from dape_kernels.bench.workload import BLOCK_SIZE, WORKSPACE, Shape, pairs
 from dape_kernels.encoding import Encoding
 from dape_kernels.paged import RaggedBatch
@@ -240,16 +238,7 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Measure and write the JSON; a summary goes to the terminal."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
-    options = parser.parse_args(arguments)
-    if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton is imported with the first launch
-    elif not torch.cuda.is_available():
-        parser.error("PyTorch sees no CUDA device; --dry-run goes the same way without one")
+    options = gpu_options(__doc__, arguments)
     results = measure(dry_plan() if options.dry_run else gpu_plan())
     options.json.write_text(json.dumps(results, indent=1))
     sys.stdout.write(json.dumps({"device": results["device"], **results["figures"]}, indent=1) + "\n")
