@@ -1,4 +1,4 @@
-"""Reading the files of a model folder: regular ones and links to them, so that every read comes to an end."""
+"""Reading settings and model folders: of these, regular files and links to them, so that every read ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from dape_engine.errors import ModelFolderError
+import yaml
+
+from dape_engine.errors import ModelFolderError, SettingsError
 
 
 def check_regular(path: Path) -> None:
@@ -52,3 +54,20 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the entries of a YAML file by name; of an empty file none.
+
+    Raises:
+        SettingsError: it cannot be read, it is not YAML, or it holds something else.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(entries, dict):
+        raise SettingsError(f"{path} must hold settings by name")
+    return entries

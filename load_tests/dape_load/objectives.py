@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dape_engine.errors import SettingsError
+from dape_engine.files import read_settings
 
 
 class Bound(BaseModel):
@@ -63,13 +63,7 @@ def load_objectives(path: Path) -> Objectives:
         SettingsError: it cannot be read, or holds something else.
     """
     try:
-        return TypeAdapter(Objectives).validate_python(yaml.safe_load(path.read_text()) or {})
-    except OSError as error:
-        raise SettingsError(f"--objectives {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(
-            f"--objectives {path} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        return TypeAdapter(Objectives).validate_python(read_settings(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from dape_engine.config import ModelConfig
+from dape_engine.files import read_settings
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -54,11 +54,8 @@ def load_training_config(path: Path, overrides: dict[str, object]) -> TrainingCo
     """Read a YAML file and replace top-level settings by those given.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not hold settings by name.
+        SettingsError: the file does not hold settings.
         pydantic.ValidationError: a setting is unknown, missing or out of range.
     """
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError("expected settings by name")
+    settings = read_settings(path)
     return TrainingConfig.model_validate({**settings, **overrides})

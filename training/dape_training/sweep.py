@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dape_engine.errors import SettingsError
+from dape_engine.files import read_settings
 from dape_training.config import TrainingConfig
 from dape_training.files import write_json
 from dape_training.run_folder import RESULT, last_progress
@@ -136,13 +136,10 @@ def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not hold settings by name.
+        SettingsError: the file does not hold settings.
         pydantic.ValidationError: a setting is unknown, missing or out of range.
     """
-    settings = yaml.safe_load(path.read_text())
-    if not isinstance(settings, dict):
-        raise ValueError("expected settings by name")
+    settings = read_settings(path)
     return Sweep.model_validate(settings)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dape_engine.errors import ModelFolderError
+from dape_engine.files import read_settings
 
 Positive = Annotated[int, Field(gt=0)]
 KERNEL_NAMES = ("dapev2_kernel", "capev2_kernel")
@@ -76,21 +76,14 @@ def load_settings(paths: Iterable[Path]) -> NeoxSettings:
     """Join YAML files as training does and check them.
 
     Raises:
-        ModelFolderError: a file is not YAML, two disagree, or a setting is one that the engine does not have.
+        SettingsError: a file does not hold settings.
+        ModelFolderError: two disagree, or a setting is one that the engine does not have.
     """
     values: dict[str, Any] = {}
     shown = ""
     for path in paths:
         shown += f"{', ' if shown else ''}{path}"
-        try:
-            entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ModelFolderError(f"cannot read {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ModelFolderError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(entries, dict):
-            raise ModelFolderError(f"{path} must hold settings by name")
-        for key, value in entries.items():
+        for key, value in read_settings(path).items():
             name = str(key).replace("-", "_")
             name = "kernel" if name in KERNEL_NAMES else name
             if values.setdefault(name, value) != value:

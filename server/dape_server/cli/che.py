@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
-from pydantic import ValidationError
 
 from dape_engine.errors import SettingsError
 from dape_server.cli.report import write_json
+from dape_server.cli.sweep_file import settings_errors
 from dape_training.che.config import CheConfig, load_che_config
 from dape_training.che.report import collect, markdown
 from dape_training.che.run import accuracy_by_length, load_trained, read_result, write_result
@@ -34,14 +33,9 @@ def sweep_options(command: Callable[..., None]) -> click.Command:
     def run(config: Path, out: Path | None, **options: Any) -> None:
         chosen = {name: options.pop(name) for name in ("tasks", "encodings", "seeds", "setups")}
         training = {name: options.pop(name) for name in ("steps", "batch_size")}
-        try:
+        with settings_errors(config):
             settings = load_che_config(config, _given(chosen), _given(training))
             command(settings, out or Path("runs") / config.stem, **options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise SettingsError(f"{config}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise SettingsError(f"{config}: {' '.join(str(error).split())}") from error
 
     decorated: Callable[..., None] = update_wrapper(run, command)
     for option in (

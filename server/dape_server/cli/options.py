@@ -14,11 +14,11 @@ from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-import yaml
 from pydantic import BaseModel, ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 
 from dape_engine.errors import SettingsError
+from dape_engine.files import read_settings
 
 
 class FiniteRange(click.FloatRange):
@@ -115,15 +115,7 @@ def _plain_type(annotation: Any) -> Any:
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is None:
         return
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise SettingsError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SettingsError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(entries, dict):
-        raise SettingsError(f"--config {path} must hold options by name")
-    entries = {str(key).replace("-", "_"): value for key, value in entries.items()}
+    entries = {str(key).replace("-", "_"): value for key, value in read_settings(path).items()}
     known = {parameter.name: parameter for parameter in context.command.params}
     unknown = sorted(entries.keys() - known.keys())
     if unknown:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import yaml
 from pydantic import ValidationError
 
 from dape_engine.errors import SettingsError
@@ -33,5 +32,5 @@ def settings_errors(path: Path) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         raise SettingsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise SettingsError(f"{path}: {' '.join(str(error).split())}") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dape_engine.config import MAX_HEADS, DapeConfig, PositionConfig
+from dape_engine.files import read_settings
 from dape_training.che.model import Setup
 from dape_training.che.tasks import TASKS
 
@@ -145,13 +145,11 @@ def load_che_config(path: Path, chosen: dict[str, Any], training: dict[str, Any]
         training: replaces settings below `run`.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not hold settings by name, or an encoding is not in it.
+        SettingsError: the file does not hold settings.
+        ValueError: an encoding is not in it.
         pydantic.ValidationError: a setting is unknown, missing or out of range.
     """
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError("expected settings by name")
+    settings = read_settings(path)
     run = {**(settings.get("run") or {}), **training}
     config = CheConfig.model_validate(
         {**settings, "run": run, **chosen, "encodings": settings.get("encodings")}
