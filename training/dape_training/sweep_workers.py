@@ -6,9 +6,7 @@ checkpoint first; they do the same when they find their parent gone.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +14,7 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 
+from dape_training.processes import SPAWNING, locked, log_from_here
 from dape_training.stopping import StopSignals
 from dape_training.sweep import Job
 from dape_training.trainer import prepare_data, train
@@ -37,7 +36,6 @@ def train_jobs(jobs: Sequence[Job], workers: int) -> list[Job]:
     waiting = [job for job in jobs if not job.finished]
     for job in waiting:
         job.check()
-    spawning = multiprocessing.get_context("spawn")
     running: dict[BaseProcess, Job] = {}
     failed: list[Job] = []
     asked = False
@@ -45,7 +43,7 @@ def train_jobs(jobs: Sequence[Job], workers: int) -> list[Job]:
         _prepare(waiting)
         while running or (waiting and not stop()):
             while waiting and len(running) < workers and not stop():
-                process: BaseProcess = spawning.Process(target=_train_one, args=(waiting[0], os.getpid()))
+                process: BaseProcess = SPAWNING.Process(target=_train_one, args=(waiting[0], os.getpid()))
                 process.start()
                 running[process] = waiting.pop(0)
             connection.wait([process.sentinel for process in running], timeout=1)
@@ -83,17 +81,17 @@ def _report(job: Job, jobs: Sequence[Job]) -> None:
 def _train_one(job: Job, parent: int) -> None:
     """Train one job in this process, whose output goes to a file in the job's folder."""
     job.begin()
-    with StopSignals() as stop, (job.folder / LOG).open("a") as log, (job.folder / ".lock").open("w") as lock:
+    with StopSignals() as stop, (job.folder / LOG).open("a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        log_from_here()
         logging.getLogger("accelerate").setLevel(logging.WARNING)
         # A worker whose parent was killed may still be saving its checkpoint here.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not job.finished:
-            train(
-                job.config,
-                job.folder,
-                shared=job.shared,
-                stop=lambda: stop() or os.getppid() != parent,
-            )
+        with locked(job.folder / ".lock", wait=True):
+            if not job.finished:
+                train(
+                    job.config,
+                    job.folder,
+                    shared=job.shared,
+                    stop=lambda: stop() or os.getppid() != parent,
+                )

@@ -6,7 +6,6 @@ killed at any time and started again, and several commands can work at one sweep
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ import torch
 from dape_engine.errors import DapeError
 from dape_training.che.config import Run
 from dape_training.che.run import perform, read_result
+from dape_training.processes import SPAWNING, locked, log_from_here
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,8 @@ def sweep(runs: Sequence[Run], out: Path, workers: int) -> None:
     if workers == 0:
         return
     threads = max(1, torch.get_num_threads() // workers)
-    context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_work, args=(runs, out, threads), daemon=True) for _ in range(workers)
+        SPAWNING.Process(target=_work, args=(runs, out, threads), daemon=True) for _ in range(workers)
     ]
     for process in processes:
         process.start()
@@ -76,7 +75,7 @@ def sweep(runs: Sequence[Run], out: Path, workers: int) -> None:
 
 def _work(runs: Sequence[Run], out: Path, threads: int) -> None:
     """Perform runs until none is left; the body of a worker process."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_from_here()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     for number, run in enumerate(runs, 1):
@@ -93,12 +92,8 @@ def perform_if_free(run: Run, out: Path, name: str) -> None:
     """
     folder = out / run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        if read_result(folder) is None:
+    with locked(folder / "lock", wait=False) as taken:
+        if taken and read_result(folder) is None:
             logger.info("%s starts: %s", name, run.folder)
             result = perform(run, folder)
             logger.info("%s: %s scores %.1f %%", name, run.folder, 100 * result["score"])
