@@ -70,7 +70,7 @@ class SimulatedEngine:
         )
         self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.unfinished: list[Sequence] = []
-        self.speculator = Speculator(self.scheduler, max_num_batched_tokens)
+        self.speculator = Speculator(self.scheduler.blocks, max_num_batched_tokens)
         self.rows_scored = self.accepted = 0
         self.admitted: list[Sequence] = []
 
@@ -186,7 +186,7 @@ class SimulatedEngine:
             for row in range(first, min(end, sequence.prompt_length - 1)):
                 sequence.scored.append(self.scored_token(sequence, row + 1))
                 self.rows_scored += 1
-            self.scheduler.keep_scores(sequence)
+            self.scheduler.blocks.keep_scores(sequence)
         if end < sequence.num_rows:
             return
         if sequence.sampling is not None:
@@ -203,7 +203,7 @@ class SimulatedEngine:
         self.accepted += len(drawn) - 1
         sequence.tokens += [token.token_id for token in drawn]
         if chunk.proposed:
-            self.scheduler.settle(chunk)
+            self.scheduler.blocks.settle(chunk)
         assert len(sequence.blocks) == self.pool.blocks_for(sequence.num_computed)
 
     def check_answer(self, sequence: Sequence) -> None:

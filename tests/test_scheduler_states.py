@@ -131,7 +131,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def fail_a_step(self) -> None:
-        for chunk in self.engine.speculator.extend(self.engine.scheduler.schedule().chunks):
+        step = self.engine.scheduler.schedule()
+        # They wait like new ones, and will be admitted in another order.
+        self.engine.admitted = [one for one in self.engine.admitted if one not in step.yielded]
+        for chunk in self.engine.speculator.extend(step.chunks):
             self.engine.abort(chunk.sequence)
 
     @invariant()

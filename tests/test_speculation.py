@@ -162,7 +162,7 @@ class TestSpeculator:
         scheduler.commit(step.chunks)
         for chunk in step.chunks:
             chunk.sequence.tokens.append(1)
-        speculator = Speculator(scheduler, budget)
+        speculator = Speculator(scheduler.blocks, budget)
         for rows, seconds in costs.items():
             speculator._is_used = True
             speculator.observe([Chunk(chunk.sequence, 3, rows) for chunk in step.chunks[:1]], seconds)

@@ -87,7 +87,9 @@ class AsyncEngine(StepLoop):
             max_num_queued_reqs=options.max_num_queued_reqs,
             max_num_queued_tokens=options.max_num_queued_tokens,
         )
-        super().__init__(scheduler, runner, Speculator(scheduler, options.max_num_batched_tokens), observer)
+        super().__init__(
+            scheduler, runner, Speculator(scheduler.blocks, options.max_num_batched_tokens), observer
+        )
 
     def start(self) -> None:
         """Start the thread of steps."""

@@ -291,7 +291,7 @@ class StepLoop:
                 if result.drawn and (gap := job.token_gap(now)) is not None:
                     gaps.append(gap)
                 chunk.sequence.scored += result.scored
-                self._scheduler.keep_scores(chunk.sequence)
+                self._scheduler.blocks.keep_scores(chunk.sequence)
                 try:
                     done = job.advance(chunk.sequence, result)
                 except Exception as error:
@@ -300,7 +300,7 @@ class StepLoop:
                     self._fail([job], StepError(f"the result cannot be used: {type(error).__name__}"))
                     continue
                 if chunk.proposed:
-                    self._scheduler.settle(chunk)
+                    self._scheduler.blocks.settle(chunk)
                 if done:
                     self._retire(chunk.sequence, job)
             Mailbox.flush(job.mailbox for job in touched)

@@ -6,8 +6,8 @@ tensors and knows no time. One step after the other:
 
     step = schedule()      then compute step.chunks
     commit(step.chunks)    or, where the computation failed, discard() their sequences
-    then, for each chunk whose sequence is still in `running`: append to `scored` and keep_scores(), append
-    the new tokens to `tokens` and settle() those proposed, or finish() the sequence
+    then, for each chunk whose sequence is still in `running`: append to `scored` and blocks.keep_scores(),
+    append the new tokens to `tokens` and blocks.settle() those proposed, or finish() the sequence
 
 Calls must not overlap (the engine's lock sees to that), but add() and finish() may come between any two.
 """
@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, KeysView
 
-from dape_engine.block_scores import BlockScores
-from dape_engine.cache import BlockPool, CacheInvariantError, extend_block_keys
+from dape_engine.cache import BlockPool, CacheInvariantError
 from dape_engine.errors import ContextLengthError, RequestError, SettingsError
 from dape_engine.fairness import FairShares, cost
 from dape_engine.sequence import Sequence
+from dape_engine.sequence_blocks import SequenceBlocks
 from dape_engine.step import Budget, Chunk, Step
 from dape_engine.waiting import WaitingQueue
 
@@ -63,6 +63,7 @@ class Scheduler:
                 "so that a step could not advance every running sequence",
                 param="max_num_batched_tokens",
             )
+        self.blocks = SequenceBlocks(pool)
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -150,7 +151,7 @@ class Scheduler:
             background_pairs: (query, key) pairs of background work beside decoding sequences, and without
                 them; None sets no bound of its own.
         """
-        hits = sum(self._reuse(sequence) for sequence in self._running)
+        hits = sum(self.blocks.reuse(sequence) for sequence in self._running)
         yielded: list[Sequence] = []
         admitted, admitted_hits = self._admit(yielded)
         chunks, preempted = self._allocate(self._plan(background_pairs))
@@ -173,40 +174,7 @@ class Scheduler:
             self._shares.charge(sequence.tenant, cost(chunk.start, chunk.count))
             if sequence not in self._running:
                 continue
-            self._advance(sequence, chunk.start, chunk.end)
-
-    def propose(self, chunk: Chunk, tokens: list[int]) -> Chunk:
-        """Add the rows of proposed tokens to the last chunk of a sequence, as far as free blocks go."""
-        blocks = chunk.sequence.blocks
-        room = (len(blocks) + self._pool.num_free) * self._pool.block_size - chunk.end
-        proposed = tuple(tokens[:room])
-        count = chunk.count + len(proposed)
-        missing = self._pool.blocks_for(chunk.start + count) - len(blocks)
-        blocks += [self._pool.allocate() for _ in range(missing)]
-        return Chunk(chunk.sequence, chunk.start, count, proposed)
-
-    def settle(self, chunk: Chunk) -> None:
-        """Keep the rows of proposed tokens that a running sequence has taken, and free the others' blocks."""
-        sequence = chunk.sequence
-        self._advance(sequence, chunk.end, min(chunk.start + chunk.count, sequence.num_rows - 1))
-        needed = self._pool.blocks_for(sequence.num_computed)
-        self._pool.release(sequence.blocks[needed:])
-        del sequence.blocks[needed:]
-
-    def keep_scores(self, sequence: Sequence) -> None:
-        """Keep the log-probabilities of a running sequence with the blocks that are full of known ones."""
-        if sequence.score_from is None:
-            return
-        size = self._pool.block_size
-        known = sequence.score_from + sequence.num_scored
-        while (end := (sequence.num_blocks_kept + 1) * size) <= min(known, sequence.num_computed):
-            # The first token of all has no log-probability.
-            first = max(1, end - size)
-            if first >= sequence.score_from:
-                scored = sequence.scored[first - sequence.score_from : end - sequence.score_from]
-                key = self._key(sequence, sequence.num_blocks_kept)
-                self._pool.keep_scores(key, BlockScores(scored, sequence.top_logprobs))
-            sequence.num_blocks_kept += 1
+            self.blocks.advance(sequence, chunk.start, chunk.end)
 
     def check_invariants(self) -> None:
         """Check that blocks are held by running sequences only, as many as they need, each once.
@@ -214,25 +182,10 @@ class Scheduler:
         Raises:
             CacheInvariantError: with the facts that disagree.
         """
-        self._pool.check_invariants(sequence.blocks for sequence in self._running)
-        for sequence in self._running:
-            blocks = len(sequence.blocks)
-            needed = self._pool.blocks_for(sequence.num_computed)
-            if blocks < needed or len(set(sequence.blocks)) < blocks:
-                raise CacheInvariantError(
-                    f"sequence {sequence.request_id!r} has {sequence.num_computed} tokens in the blocks "
-                    f"{sequence.blocks} of {self._pool.block_size}"
-                )
+        self.blocks.check(self.running)
         for sequence in self.waiting:
             if sequence.blocks or sequence.num_computed:
                 raise CacheInvariantError(f"sequence {sequence.request_id!r} waits but holds blocks")
-
-    def _advance(self, sequence: Sequence, start: int, end: int) -> None:
-        """Record that rows of known tokens are in the cache and make the blocks they filled findable."""
-        size = self._pool.block_size
-        sequence.num_computed = end
-        for index in range(start // size, end // size):
-            self._pool.register(sequence.blocks[index], self._key(sequence, index))
 
     def _admit(self, yielded: list[Sequence]) -> tuple[int, int]:
         """Admit sequences; return their prompt tokens and how many the prefix cache had."""
@@ -241,9 +194,9 @@ class Scheduler:
             if not self._has_slot and not self._yielding_to(sequence):
                 break
             sequence.num_cached = 0
-            found = self._reuse(sequence)
+            found = self.blocks.reuse(sequence)
             if not self._fits(sequence) and not self._make_room(sequence, yielded):
-                self._reset(sequence)
+                self.blocks.reset(sequence)
                 break
             self._leave_queue(sequence)
             self._running[sequence] = None
@@ -260,13 +213,14 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence) -> bool:
         """Return whether a slot and blocks for the tokens known today are free."""
-        return self._has_slot and self._spare_blocks() >= self._missing_blocks(sequence) + len(self._running)
+        missing = self.blocks.missing(sequence, sequence.num_rows)
+        return self._has_slot and self._spare_blocks() >= missing + len(self._running)
 
     def _make_room(self, newcomer: Sequence, yielded: list[Sequence]) -> bool:
         """Send sequences back to the queue until one fits; return whether it does."""
         while not self._fits(newcomer) and (able := self._yielding_to(newcomer)):
             del self._running[able[-1]]
-            self._reset(able[-1])
+            self.blocks.reset(able[-1])
             able[-1].num_preemptions += 1
             self._queue.put_back(able[-1])
             yielded.append(able[-1])
@@ -307,53 +261,7 @@ class Scheduler:
 
     def _spare_blocks(self) -> int:
         """Return the free blocks that running sequences do not need for the tokens they have today."""
-        return self._pool.num_free - sum(self._missing_blocks(sequence) for sequence in self._running)
-
-    def _missing_blocks(self, sequence: Sequence) -> int:
-        return self._pool.blocks_for(sequence.num_rows) - len(sequence.blocks)
-
-    def _reuse(self, sequence: Sequence) -> int:
-        """Take the next blocks from the prefix cache; return the hits to be counted, in tokens.
-
-        Running sequences look again, since another one may have computed their next block.
-        What a sequence finds again after a preemption is no hit.
-        """
-        self._recall_scores(sequence)
-        wanted = self._reusable_blocks(sequence)
-        if not wanted:
-            return 0
-        found = self._pool.match_prefix(self._key(sequence, index) for index in wanted)
-        tokens = len(found) * self._pool.block_size
-        sequence.blocks += found
-        sequence.num_computed += tokens
-        sequence.num_cached += tokens
-        return tokens if sequence.num_preemptions == 0 else 0
-
-    def _recall_scores(self, sequence: Sequence) -> None:
-        """Take the next log-probabilities that are kept with cached blocks."""
-        if sequence.score_from is None:
-            return
-        size = self._pool.block_size
-        while (place := sequence.score_from + sequence.num_scored) < sequence.prompt_length:
-            kept = self._pool.scores(self._key(sequence, place // size))
-            if kept is None or kept.top < sequence.top_logprobs:
-                return
-            end = min((place // size + 1) * size, sequence.prompt_length)
-            sequence.scored += kept.entries(sequence.tokens[place:end], sequence.top_logprobs)
-
-    def _reusable_blocks(self, sequence: Sequence) -> range:
-        """Return which of its next blocks need not be computed by the sequence itself."""
-        size = self._pool.block_size
-        first = len(sequence.blocks)
-        return range(first, sequence.first_needed_row // size if first * size == sequence.num_computed else 0)
-
-    def _key(self, sequence: Sequence, index: int) -> bytes:
-        """Return the prefix cache key of a block, b"" where it is not full with the tokens known."""
-        size = self._pool.block_size
-        if (index + 1) * size > len(sequence.tokens):
-            return b""
-        extend_block_keys(sequence.block_keys, sequence.tokens, size, index + 1, sequence.cache_salt)
-        return sequence.block_keys[index]
+        return self._pool.num_free - sum(self.blocks.missing(each, each.num_rows) for each in self._running)
 
     def _plan(self, background_pairs: tuple[int, int] | None) -> dict[Sequence, int]:
         """Share out the rows of a step."""
@@ -371,9 +279,9 @@ class Scheduler:
         turns += [(sequence, 1, 0) for sequence in prefills]
         computed_by: dict[bytes, Sequence] = {}
         for sequence, share, least in turns:
-            key = self._key(sequence, sequence.num_computed // self._pool.block_size)
+            key = self.blocks.key(sequence, sequence.num_computed // self._pool.block_size)
             # A block that another one computes in this step is in the cache in the next.
-            if computed_by.get(key, sequence) is not sequence and self._reusable_blocks(sequence):
+            if computed_by.get(key, sequence) is not sequence and self.blocks.reusable(sequence):
                 continue
             planned = plan.get(sequence, 0)
             start, wanted = sequence.num_computed + planned, sequence.num_remaining - planned
@@ -400,23 +308,18 @@ class Scheduler:
         preempted: list[Sequence] = []
         for sequence in list(self._running):
             count = plan.get(sequence, 0)
-            missing = self._pool.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
+            rows = sequence.num_computed + count
+            missing = self.blocks.missing(sequence, rows)
             while sequence in self._running and missing > self._pool.num_free and len(self._running) > 1:
                 preempted.append(self._preempt_last())
             if count and sequence in self._running:
-                sequence.blocks += [self._pool.allocate() for _ in range(missing)]
+                self.blocks.extend(sequence, rows)
                 chunks.append(Chunk(sequence, sequence.num_computed, count))
         return chunks, preempted
 
     def _preempt_last(self) -> Sequence:
         sequence, _ = self._running.popitem()
-        self._reset(sequence)
+        self.blocks.reset(sequence)
         sequence.num_preemptions += 1
         self._preempted.appendleft(sequence)
         return sequence
-
-    def _reset(self, sequence: Sequence) -> None:
-        self._pool.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = 0
-        sequence.flight = None

@@ -17,16 +17,14 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dape_engine.request import TokenLogprob
+from dape_engine.sequence_blocks import SequenceBlocks
 from dape_engine.step import Chunk
-
-if TYPE_CHECKING:
-    from dape_engine.scheduler import Scheduler
 
 MAX_TOKENS = 16
 """Most tokens that are proposed at once, and longest run of tokens that is looked up."""
@@ -186,12 +184,12 @@ class Speculator:
     """Adds proposed tokens to the chunks of decoding sequences.
 
     Args:
-        scheduler: gives the blocks for their rows.
+        blocks: gives those for their rows.
         max_num_batched_tokens: rows of a step.
     """
 
-    def __init__(self, scheduler: Scheduler, max_num_batched_tokens: int):
-        self._scheduler = scheduler
+    def __init__(self, blocks: SequenceBlocks, max_num_batched_tokens: int):
+        self._blocks = blocks
         self._max_rows = max_num_batched_tokens
         self._costs = RowCosts()
         self._is_used = False
@@ -213,7 +211,7 @@ class Speculator:
             return chunks
         extended = list(chunks)
         for index, count in self._worthwhile(chunks, proposals).items():
-            extended[index] = self._scheduler.propose(chunks[index], proposals[index][0][:count])
+            extended[index] = self._blocks.propose(chunks[index], proposals[index][0][:count])
         return extended
 
     def observe(self, chunks: Iterable[Chunk], seconds: float) -> None:
