@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Literal, NotRequired, TypeAlias
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
 from dape_server.limits import MAX_LISTED
-from dape_server.protocol.common import Count, Positive, Prompts, Usage, WorkBody
+from dape_server.protocol.common import Count, Positive, Prompts, Shape, Usage, WorkBody
 
 Numbers: TypeAlias = Annotated[list[Count], Field(fail_fast=True, min_length=1, max_length=MAX_LISTED)]
 
@@ -20,6 +19,7 @@ class AttentionBiasRequest(WorkBody):
     """A look at one row of attention, layer by layer and head by head."""
 
     model: str | None = None
+    """The served model's name, or none."""
     input: Prompts
     """One text, or the token ids of one."""
     query: Count | None = None
@@ -39,7 +39,7 @@ class AttentionBiasRequest(WorkBody):
     """Also the text of the query's token and of each reported key's."""
 
 
-class HeadBias(TypedDict):
+class HeadBias(Shape):
     """What one head sees of the reported keys: one value for each, or their base64 text."""
 
     head: int
@@ -51,14 +51,14 @@ class HeadBias(TypedDict):
     """B + f(A, B), that is all that is added to A; equal to `static_bias` for models without DAPE."""
 
 
-class LayerBiases(TypedDict):
+class LayerBiases(Shape):
     """The heads of one layer, in the order asked for."""
 
     layer: int
     heads: list[HeadBias]
 
 
-class AttentionBias(TypedDict):
+class AttentionBias(Shape):
     """The answer. Layers in the order asked for."""
 
     id: str

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import TypedDict
 
 from dape_engine.errors import RequestError
 from dape_server.limits import MAX_LOGPROBS, MAX_MESSAGES, MAX_PARTS
-from dape_server.protocol.common import Positive, Refusal, RequestBody, Usage
+from dape_server.protocol.common import Positive, Refusal, RequestBody, Shape, Usage
 from dape_server.protocol.generation import (
     NOT_UNDERSTOOD,
     GenerationBody,
@@ -23,7 +22,7 @@ NO_CHOICE_OF_TOOLS = Refusal("the models call no tools", ("none", "auto"))
 NO_TEMPLATES = Refusal("the model's own chat template is used as it is", ({},))
 
 
-class TextPart(TypedDict):
+class TextPart(Shape):
     """A part of a message."""
 
     type: Literal["text"]
@@ -108,6 +107,7 @@ class ChatRequest(GenerationBody):
     max_tokens: Positive | None = None
     """The older name of `max_completion_tokens`."""
     logprobs: bool = False
+    """Whether log-probabilities of the message's tokens are reported."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     """Alternatives reported per token; only with `logprobs`."""
     add_generation_prompt: bool = True
@@ -139,7 +139,7 @@ class ChatRequest(GenerationBody):
         return self
 
 
-class ChatTokenLogprob(TypedDict):
+class ChatTokenLogprob(Shape):
     """A token and its log-probability."""
 
     token: str
@@ -153,34 +153,36 @@ class ChatLogprob(ChatTokenLogprob):
     top_logprobs: list[ChatTokenLogprob]
 
 
-class ChatLogprobs(TypedDict):
+class ChatLogprobs(Shape):
     """The tokens of the answer."""
 
     content: list[ChatLogprob]
     refusal: None
 
 
-class ChatMessage(TypedDict):
+class ChatMessage(Shape):
     """The assistant's message."""
 
     role: Literal["assistant"]
     content: str
 
 
-class Delta(TypedDict):
+class Delta(Shape):
     """What a message gained; its first chunk says whose it is."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
 
 
-class ChoiceBase(TypedDict):
+class ChoiceBase(Shape):
     """What a choice and a piece of one have in common."""
 
     index: int
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    """ "stop" or "length"; null in a stream before the end."""
     stop_reason: int | str | None
+    """The stop string or the id of the stop token that ended the text, or "timeout"; null otherwise."""
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
@@ -198,7 +200,7 @@ class ChatPiece(ChoiceBase):
     delta: Delta
 
 
-class ChatCompletion(TypedDict):
+class ChatCompletion(Shape):
     """The answer."""
 
     id: str
@@ -210,7 +212,7 @@ class ChatCompletion(TypedDict):
     usage: Usage
 
 
-class ChatCompletionChunk(TypedDict):
+class ChatCompletionChunk(Shape):
     """One chunk of the answer's stream."""
 
     id: str

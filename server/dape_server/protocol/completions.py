@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, NotRequired
 
 from pydantic import Field, model_validator
-from typing_extensions import TypedDict
 
 from dape_engine.errors import RequestError
 from dape_server.limits import MAX_COMPLETIONS, MAX_LOGPROBS
-from dape_server.protocol.common import Count, Positive, Prompts, Refusal, Usage
+from dape_server.protocol.common import Count, Positive, Prompts, Refusal, Shape, Usage
 from dape_server.protocol.generation import (
     NOT_UNDERSTOOD,
     GenerationBody,
@@ -28,12 +27,15 @@ class CompletionRequest(GenerationBody):
     }
 
     prompt: Prompts
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
     max_tokens: Count = 16
-    """0 only with `echo`: the prompt is scored and nothing is generated."""
+    """Most tokens of a completion. 0 only with `echo`: the prompt is scored and nothing is generated."""
     best_of: Positive | None = None
     """Accepted only when equal to `n`."""
     echo: bool = False
+    """Puts the prompt before the text."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Alternatives reported beside the log-probability of each token; none: nothing is reported."""
     add_special_tokens: bool = True
     """Whether text prompts get the tokenizer's own special tokens, such as a first one."""
 
@@ -60,7 +62,7 @@ class CompletionRequest(GenerationBody):
         return self
 
 
-class Logprobs(TypedDict):
+class Logprobs(Shape):
     """OpenAI's four parallel lists, one entry per token; the first token of a prompt has no value."""
 
     tokens: list[str]
@@ -69,20 +71,23 @@ class Logprobs(TypedDict):
     text_offset: list[int]
 
 
-class Choice(TypedDict):
+class Choice(Shape):
     """One completion, or what it gained since the last chunk of a stream."""
 
     index: int
+    """Prompts in their order, each with `n` completions."""
     text: str
     logprobs: Logprobs | None
     finish_reason: str | None
+    """ "stop" or "length"; null in a stream before the end."""
     stop_reason: int | str | None
+    """The stop string or the id of the stop token that ended the text, or "timeout"; null otherwise."""
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
-class Completion(TypedDict):
+class Completion(Shape):
     """The answer, or one chunk of its stream."""
 
     id: str

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
-from typing_extensions import TypedDict
 
 from dape_engine.errors import RequestError
 from dape_engine.request import SamplingParams
@@ -28,7 +27,7 @@ from dape_server.limits import (
     MAX_STOP_CHARS,
     MAX_STOP_TOKEN_IDS,
 )
-from dape_server.protocol.common import Count, Positive, Refusal, RequestBody, TokenId, WorkBody
+from dape_server.protocol.common import Count, Positive, Refusal, RequestBody, Shape, TokenId, WorkBody
 from dape_server.protocol.structured import GrammarSource, ResponseFormat, StructuredOutputs
 
 SEEDS = 1 << 63
@@ -97,26 +96,37 @@ class GenerationBody(WorkBody):
     refused: ClassVar[Mapping[str, Refusal]] = NOT_UNDERSTOOD
 
     model: str | None = None
+    """The served model's name, or none."""
     n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] = 1
+    """Completions of each prompt."""
     stream: bool = False
+    """Server-sent events: a chunk for every token, then `[DONE]`."""
     stream_options: StreamOptions | None = None
+    """Only with `stream`."""
     stream_interval: Positive = 1
     """Tokens in each chunk of a stream after the first."""
     return_progress: bool = False
     """Chunks with `prompt_progress` while a long prompt is read; only with `stream`."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """0: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the fewest likeliest tokens that have so much probability together."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] = 0
-    """0 or -1: off."""
+    """Draw from so many likeliest tokens; 0 or -1: from all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw from tokens that are at least so likely as this times the likeliest one."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken from the logits of tokens that the text has."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Taken from the logit of a token for each time that the text has it."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that prompt or text have."""
     logit_bias: Annotated[
         dict[int, Bias],
         BeforeValidator(_as_token_biases, json_schema_input_type=dict[str, Bias]),
     ] = {}
+    """Added to the logits of tokens, by their ids."""
     allowed_token_ids: Annotated[
         list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)
     ] = []
@@ -131,15 +141,21 @@ class GenerationBody(WorkBody):
         Field(fail_fast=True, max_length=MAX_STOP),
         BeforeValidator(_as_list, json_schema_input_type=str | list[StopString]),
     ] = []
+    """The text ends before the first of these."""
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] = []
+    """The text ends at the first of these tokens."""
     min_tokens: Count = 0
-    """Where a grammar allows nothing but the end of the text, it ends all the same."""
+    """The text does not end before, unless a grammar allows nothing but its end."""
     ignore_eos: bool = False
+    """Whether the text goes on behind an end-of-text token."""
     include_stop_str_in_output: bool = False
+    """Whether the text ends behind the stop string instead of before it."""
     speculative_config: SpeculativeConfig | None = None
     """How tokens are proposed ahead, by default as the server does for all; the text is the same."""
     response_format: ResponseFormat | None = None
+    """What the text must be, as OpenAI says it."""
     structured_outputs: StructuredOutputs | None = None
+    """What the text must be, as vLLM says it; not with `response_format`."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
     """Most tokens of a prompt that are read; -1: as many as fit beside the completion."""
@@ -147,6 +163,7 @@ class GenerationBody(WorkBody):
     """Where a longer prompt loses its tokens; only with `truncate_prompt_tokens`."""
 
     skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
     logprob_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_LOGPROB_TOKEN_IDS)] = []
     """Tokens reported beside the likeliest ones at the place of every generated token."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -154,6 +171,7 @@ class GenerationBody(WorkBody):
     return_tokens_as_token_ids: bool = False
     """Tokens of log-probabilities are written `token_id:17`."""
     return_token_ids: bool = False
+    """Adds `token_ids` and `prompt_token_ids`."""
 
     @property
     @abstractmethod
@@ -235,7 +253,7 @@ class GenerationBody(WorkBody):
         )
 
 
-class PromptLogprob(TypedDict):
+class PromptLogprob(Shape):
     """vLLM's report of one token at a place of the prompt."""
 
     logprob: float
@@ -248,7 +266,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 """Per token of the prompt by token id; null for the first one."""
 
 
-class PromptProgressReport(TypedDict):
+class PromptProgressReport(Shape):
     """llama.cpp's report of how much of a prompt has been read."""
 
     index: int

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from dape_engine.errors import RequestError
 from dape_engine.scoring import LadderKind, WindowMode
 from dape_server.limits import MAX_LENGTHS, MAX_LOGPROBS
-from dape_server.protocol.common import Count, Prompts, Usage, WorkBody
+from dape_server.protocol.common import Count, Prompts, Shape, Usage, WorkBody
 from dape_server.protocol.reference import Reference
 
 BosRule: TypeAlias = Literal["auto", "always", "never"] | int
@@ -31,12 +31,16 @@ class PerplexityRequest(WorkBody):
     """Inputs to be scored. Windows and ladders are defined in `dape_engine.scoring`."""
 
     model: str | None = None
+    """The served model's name, or none."""
     input: Prompts
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
     window: WindowMode | None = None
     """By default "full". With `lengths`, for an input longer than the model's length, by default only the
     greatest of the lengths."""
     context_length: Count | None = None
+    """Tokens of a window, scored ones included; by default all of the input, as far as the model reads."""
     stride: Count | None = None
+    """Of the window "sliding": tokens from one window to the next, half of `context_length` by default."""
     score_last: Count | None = None
     """Tokens scored by the window "last" and by each length of the ladder, 256 by default."""
     lengths: Annotated[list[Count], Field(fail_fast=True, min_length=1, max_length=MAX_LENGTHS)] | None = None
@@ -50,6 +54,7 @@ class PerplexityRequest(WorkBody):
     """Per input the NLLs of its tokens by another model, or null: a list with null, or base64 of float32
     with NaN, for tokens without one. Adds `paired_difference`."""
     return_token_logprobs: bool = False
+    """Adds `token_ids` and `token_logprobs`."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] = 0
     """Alternatives beside each log-probability; only with `return_token_logprobs`."""
     encoding_format: EncodingFormat = "float"
@@ -75,7 +80,7 @@ class PerplexityRequest(WorkBody):
         return self
 
 
-class WindowSpan(TypedDict):
+class WindowSpan(Shape):
     """Input tokens start to end - 1 are read, those from score_from on are scored."""
 
     start: int
@@ -84,7 +89,7 @@ class WindowSpan(TypedDict):
     num_scored: int
 
 
-class WindowUsed(TypedDict):
+class WindowUsed(Shape):
     """What the windows of an input were made from, defaults filled in; null: the mode has no such setting."""
 
     mode: WindowMode | Literal["prefix"]
@@ -94,7 +99,7 @@ class WindowUsed(TypedDict):
     score_last: int | None
 
 
-class BosUsed(TypedDict):
+class BosUsed(Shape):
     """The token that an input begins with as the model reads it."""
 
     rule: BosRule
@@ -121,7 +126,7 @@ PositionEntry = TypedDict(
 """Scored tokens with `from` to `to` - 1 tokens of context before them."""
 
 
-class LadderEntry(TypedDict):
+class LadderEntry(Shape):
     """The statistics of one context length."""
 
     length: int
@@ -131,7 +136,7 @@ class LadderEntry(TypedDict):
     stderr: float | None
 
 
-class PairedDifferenceEntry(TypedDict):
+class PairedDifferenceEntry(Shape):
     """NLLs less the reference's, over tokens that have both; below 0 is better than the reference."""
 
     num_paired: int
@@ -152,7 +157,7 @@ class CorpusDifference(PairedDifferenceEntry):
     """Standard error of `mean_difference`, taking inputs as independent and not their tokens."""
 
 
-class Totals(TypedDict):
+class Totals(Shape):
     """Statistics of all scored tokens."""
 
     num_tokens: int
@@ -194,7 +199,7 @@ class Corpus(Totals):
     paired_difference: NotRequired[CorpusDifference]
 
 
-class ReadTokensDetails(TypedDict):
+class ReadTokensDetails(Shape):
     """What the windows cost: a token is read once by every window that holds it."""
 
     cached_tokens: int
@@ -208,7 +213,7 @@ class ScoringUsage(Usage):
     prompt_tokens_details: ReadTokensDetails  # type: ignore[misc]
 
 
-class Perplexity(TypedDict):
+class Perplexity(Shape):
     """The answer."""
 
     id: str
@@ -220,7 +225,7 @@ class Perplexity(TypedDict):
     usage: ScoringUsage
 
 
-class RunningTotals(TypedDict):
+class RunningTotals(Shape):
     """Sums so far; windows that serve only the ladder are not part of them."""
 
     num_scored: int
@@ -235,7 +240,7 @@ class InputProgress(RunningTotals):
     windows_total: int
 
 
-class Progress(TypedDict):
+class Progress(Shape):
     """One event of a stream: a window, or a part of one that takes several steps, was read and scored."""
 
     object: Literal["perplexity.progress"]

@@ -16,7 +16,9 @@ class TokenizeRequest(RequestBody):
     """A text, or a conversation in the model's chat template, to be turned into token ids."""
 
     model: str | None = None
+    """The served model's name, or none."""
     prompt: str | None = None
+    """The text."""
     messages: Messages | None = None
     """Instead of `prompt`."""
     add_generation_prompt: bool = True
@@ -24,6 +26,7 @@ class TokenizeRequest(RequestBody):
     add_special_tokens: bool | None = None
     """By default true for a prompt and, as a template has its own, false for messages."""
     return_token_strs: bool = False
+    """Also the text of each token."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> TokenizeRequest:
@@ -47,6 +50,7 @@ class DetokenizeRequest(RequestBody):
     """Token ids to be turned into a text."""
 
     model: str | None = None
+    """The served model's name, or none."""
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_INPUT_TOKENS)]
 
 
