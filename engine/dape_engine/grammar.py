@@ -45,11 +45,18 @@ SHOWN_CHARS: Final = 160
 
 
 class Constraint:
-    """The state of one completion inside a grammar."""
+    """The state of one completion inside a grammar.
 
-    def __init__(self, matcher: LLMatcher, field: str):
+    Args:
+        matcher: the library's, not shared.
+        text: the grammar in the library's form, from which another process makes the same one.
+        field: of the request, for errors.
+    """
+
+    def __init__(self, matcher: LLMatcher, text: str, field: str):
         self._matcher = matcher
-        self._field = field
+        self.text = text
+        self.field = field
 
     def restrict(self, logits: Tensor) -> None:
         """Set the logits float32 [V] of tokens that may not come next to minus infinity, in place.
@@ -75,19 +82,20 @@ class Constraint:
     @property
     def error(self) -> RequestError | None:
         """Why the text cannot go on, if it cannot: the grammar has outgrown its limits."""
-        return _refusal(self._field, self._matcher.get_error()) if self._matcher.is_error() else None
+        return _refusal(self.field, self._matcher.get_error()) if self._matcher.is_error() else None
 
 
 class Grammar:
     """A compiled grammar, of which every completion gets a state of its own."""
 
-    def __init__(self, matcher: LLMatcher, field: str):
+    def __init__(self, matcher: LLMatcher, text: str, field: str):
         self._matcher = matcher
+        self._text = text
         self._field = field
 
     def constraint(self) -> Constraint:
         """Return the state of a text that has not begun."""
-        return Constraint(self._matcher.deep_copy(), self._field)
+        return Constraint(self._matcher.deep_copy(), self._text, self._field)
 
 
 class GrammarCompiler:
@@ -116,7 +124,14 @@ class GrammarCompiler:
         Raises:
             RequestError: the source is too large or not understood.
         """
-        text = _source_text(kind, source, field)
+        return self.compile_text(_source_text(kind, source, field), field)
+
+    def compile_text(self, text: str, field: str) -> Grammar:
+        """Return the grammar of a text in the library's form, such as `Constraint.text`.
+
+        Raises:
+            RequestError: the text is not understood.
+        """
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = LLTokenizer(TokenizerWrapper(self._words))
@@ -126,7 +141,7 @@ class GrammarCompiler:
             matcher.compute_bitmask()
         if matcher.is_error():
             raise _refusal(field, matcher.get_error())
-        return Grammar(matcher, field)
+        return Grammar(matcher, text, field)
 
 
 def _source_text(kind: Kind, source: Any, field: str) -> str:

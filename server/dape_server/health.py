@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from dape_engine.errors import SettingsError
+from dape_engine.request import EngineState
 from dape_server.context import Context
 from dape_server.errors import UnavailableError, error_response
 from dape_server.lifecycle import Phase
@@ -44,11 +45,20 @@ def ready_answer(context: Context) -> JSONResponse:
 
 def _trouble(context: Context) -> str | None:
     state = context.engine.state()
+    if state.stopped and state.failure is None and context.lifecycle.phase is Phase.READY:
+        return "the engine has stopped"
+    return engine_trouble(state, context.settings.health_timeout)
+
+
+def engine_trouble(state: EngineState, limit: float) -> str | None:
+    """Return what is wrong with an engine that should be at work, if anything.
+
+    Args:
+        state: a snapshot of it.
+        limit: seconds that it may take for one step.
+    """
     if state.failure is not None:
         return state.failure
-    if state.stopped and context.lifecycle.phase is Phase.READY:
-        return "the engine has stopped"
-    limit = context.settings.health_timeout
     if state.seconds_since_progress > limit:
         return f"no step has ended for {state.seconds_since_progress:.0f} s, the limit is {limit:.0f} s"
     return None

@@ -77,14 +77,19 @@ class Totals:
 
 
 class Metrics:
-    """The engine's observer and the registry behind /metrics."""
+    """The engine's observer and the registry behind /metrics.
 
-    def __init__(self, model_name: str):
+    Args:
+        model_name: label of the engine's series.
+        engine: label that tells several engines of one model apart.
+    """
+
+    def __init__(self, model_name: str, engine: str = "0"):
         self.registry = CollectorRegistry()
         self.totals = Totals()
         self._listeners: list[Callable[[RequestStats], None]] = []
         ProcessCollector(registry=self.registry)
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": engine}
         self._make_step_metrics()
         self._make_request_metrics()
         self._make_http_metrics()

@@ -1,0 +1,1 @@
+"""Several engines behind one server, as replicas of a Ray Serve deployment; needs the extra `ray`."""
