@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-async def gathered(source: AsyncGenerator[T, None], pause: float) -> AsyncGenerator[list[T], None]:
-    """Yield the first item at once, and then what has come, at most every `pause` seconds.
+async def gathered(
+    source: AsyncGenerator[T, None], pause: Callable[[], float]
+) -> AsyncGenerator[list[T], None]:
+    """Yield the first item at once, and then what has come, `pause()` seconds later at the earliest.
 
     Raises what the source raises, after its last items. Closing closes the source.
     """
@@ -35,7 +37,7 @@ async def gathered(source: AsyncGenerator[T, None], pause: float) -> AsyncGenera
                 ready = held.copy()
                 held.clear()
                 yield ready
-                await asyncio.wait({task}, timeout=pause)
+                await asyncio.wait({task}, timeout=pause())
         task.result()
     finally:
         task.cancel()
