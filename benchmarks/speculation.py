@@ -21,12 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dape_engine.bench.models import RANDOM_MODELS, write_random_model
+from dape_engine.bench.models import model_folder
 from dape_engine.engine import AsyncEngine
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, RequestStats, SamplingParams, StepStats
 from dape_engine.speculation import SpeculativeConfig
-from dape_engine.weights import DEFAULT_MODEL, resolve_model
+from dape_engine.weights import DEFAULT_MODEL
 from dape_kernels.bench.machine import machine
 from dape_kernels.bench.timing import ratio
 
@@ -146,11 +146,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with TemporaryDirectory() as scratch:
-        random = arguments.model in RANDOM_MODELS and not Path(arguments.model).is_dir()
-        folder = (
-            write_random_model(arguments.model, Path(scratch)) if random else resolve_model(arguments.model)
-        )
-        figures = asyncio.run(measure(folder, arguments))
+        figures = asyncio.run(measure(model_folder(arguments.model, Path(scratch)), arguments))
     if arguments.json:
         result = {"machine": machine(), "model": Path(arguments.model).name, "figures": figures}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,12 @@ def write_random_model(name: str, folder: Path) -> Path:
     return write_shape(folder / name, *RANDOM_MODELS[name])
 
 
+def model_folder(name: str, scratch: Path) -> Path:
+    """Return the folder of a model: `name` itself, a shipped one, or one of `RANDOM_MODELS` in `scratch`."""
+    random = name in RANDOM_MODELS and not Path(name).is_dir()
+    return write_random_model(name, scratch) if random else resolve_model(name)
+
+
 def write_shape(
     folder: Path, hidden: int, layers: int, heads: int, vocabulary: int, *, dape: bool = True
 ) -> Path:

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from dape_engine.bench.llama_cpp import LlamaCpp
 from dape_engine.bench.measure import Plan, measure_model
-from dape_engine.bench.models import RANDOM_MODELS, write_random_model
+from dape_engine.bench.models import RANDOM_MODELS, model_folder
 from dape_engine.errors import SettingsError
 from dape_engine.options import EngineOptions
-from dape_engine.weights import DEFAULT_MODEL, load_config, resolve_model
+from dape_engine.weights import DEFAULT_MODEL, load_config
 from dape_kernels.bench.machine import machine
 from dape_server.cli.first_token import seconds_to_first_token
 from dape_server.cli.options import build_settings, config_option, settings_options
@@ -78,8 +78,7 @@ def engine(models: tuple[str, ...], json_path: Path | None, **options: Any) -> N
     }
     for name in models or (DEFAULT_MODEL, *RANDOM_MODELS):
         with TemporaryDirectory() as scratch:
-            random = name in RANDOM_MODELS and not Path(name).is_dir()
-            folder = write_random_model(name, Path(scratch)) if random else resolve_model(name)
+            folder = model_folder(name, Path(scratch))
             # A line for every file that the peer's model is made of would bury the progress.
             logging.getLogger("gguf").setLevel(logging.WARNING)
             peer = LlamaCpp(load_config(folder), Path(scratch), facts["threads"]) if options["peer"] else None

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dape_engine.bench.llama_cpp import find_program
-from dape_engine.bench.models import RANDOM_MODELS, write_random_model
+from dape_engine.bench.models import RANDOM_MODELS, model_folder
 from dape_engine.bench.process import EngineProcess
 from dape_engine.errors import SettingsError
 from dape_engine.options import EngineOptions
-from dape_engine.weights import load_config, resolve_model
+from dape_engine.weights import load_config
 from dape_kernels.bench.machine import machine
 from dape_server.cli.options import build_settings, config_option, settings_options
 from dape_server.cli.report import parse_lengths, write_json
@@ -116,8 +116,7 @@ def _measure(
     name: str, settings: EngineOptions, plan: Plan, peer: str | None, threads: int
 ) -> dict[str, Any]:
     with TemporaryDirectory() as scratch, ExitStack() as servers:
-        random = name in RANDOM_MODELS and not Path(name).is_dir()
-        folder = write_random_model(name, Path(scratch)) if random else resolve_model(name)
+        folder = model_folder(name, Path(scratch))
         config = load_config(folder)
         given = settings.model_dump(exclude_unset=True)
         own, _ = servers.enter_context(dape_server(folder, {"max_num_seqs": plan.streams, **given}))
