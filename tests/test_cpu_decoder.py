@@ -209,6 +209,29 @@ def test_tally(rows: int, scale: float) -> None:
     assert bool((scores.amax(-1) <= tally.peak + 20.001).all())
 
 
+@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 211, 1000])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocabulary: int, dtype: torch.dtype) -> None:
+    """Many tokens are alike, so that their logits are equal to the bit; all those of one row are negative."""
+    sizes = {"vocab_size": vocabulary, "position": {"kind": "nope"}}
+    model = make_model(**sizes).to(dtype)
+    weight = model.final_linear.weight
+    weight.copy_(weight[torch.randint(-(-vocabulary // 3), (vocabulary,))])
+    weight[:, 0] = 1
+    decoder, _ = make_decoder(model, [(1, 1)])
+    for rows, scale in ((1, 1.0), (7, 1e-30), (200, 3e27)):
+        hidden = torch.randn(rows, 72) * scale
+        hidden[rows // 2, 0] = -100 * scale  # so that no logit of the row is above zero
+        scores = decoder.logits(hidden)
+        targets = torch.arange(rows) % vocabulary
+        tally = decoder.tally(hidden, targets, torch.zeros(rows))
+        largest, first = scores.max(-1)
+        assert torch.equal(tally.best_id, first)
+        assert torch.equal(tally.best, largest)
+        assert torch.equal(tally.own, scores.gather(1, targets[:, None])[:, 0])
+
+
 def test_what_is_no_number_shows_in_the_tally() -> None:
     model = make_model()
     decoder, _ = make_decoder(model, [(1, 1)])

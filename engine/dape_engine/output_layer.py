@@ -76,12 +76,12 @@ def score_targets(
     k = min(top, vocab_size)
     # The target's logit, known before the piece of the vocabulary that holds it comes.
     mark = (hidden.float() * weight[targets].float()).sum(-1)
-    if decoder is not None and not k:
+    if decoder is not None and k <= 1:
         tally = decoder.tally(hidden, targets, mark)
-        own, above = tally.own, tally.above
-        logprobs = _checked(own - tally.peak - tally.total.log_())
-        none = targets[:, None][:, :0]
-        return logprobs, _ranks(above + (own <= mark), targets, none), none, none.float()
+        log_total = tally.total.log_()
+        logprobs = _checked(tally.own - tally.peak - log_total)
+        ids, values = tally.best_id[:, None][:, :k], (tally.best - tally.peak - log_total)[:, None][:, :k]
+        return logprobs, _ranks(tally.above + (tally.own <= mark), targets, ids), ids, values
     peak = hidden.new_full((count,), -math.inf, dtype=torch.float32)
     total = torch.zeros_like(peak)
     own = torch.zeros_like(peak)

@@ -86,8 +86,9 @@ struct Linear {
     int32_t storage;  // kFloat32 or kBfloat16
 };
 
-// What the outputs of a linear layer say of one of them in each row: enough for its log-probability and rank. Outputs
-// are counted in `parts` ranges, each with a peak, a total and a count of its own, to be put together by the caller.
+// What the outputs of a linear layer say of one of them in each row: enough for its log-probability and rank, and for
+// the log-probability of the likeliest. Outputs are counted in `parts` ranges, each with a peak, a total, a count and a
+// largest output of its own, to be put together by the caller.
 struct Tally {
     const int64_t* target;  // [rows]
     const float* mark;      // [rows]
@@ -95,6 +96,8 @@ struct Tally {
     float* peak;            // [parts, rows]: no output is above it by more than 20
     float* total;           // [parts, rows]: sum of exp(output - peak)
     float* above;           // [parts, rows]: outputs above the mark, exact to 2^24
+    float* best;            // [parts, rows]: the largest output, -1e30 where none is above that
+    int64_t* best_id;       // [parts, rows]: which it is, the first of those that are equal
     int64_t parts;
 };
 

@@ -20,20 +20,29 @@ constexpr float kNothing = -1e30f;
 // branch is seldom taken.
 constexpr float kHeadroom = 20.0f;
 
-// Sums of one row, lane by lane.
+// One row: its sums lane by lane, and its largest output, the first of those that are equal.
 struct Lanes {
     Floats peak = splat(kNothing), total = splat(0.0f), above = splat(0.0f);
+    float best = kNothing;
+    int64_t best_id = 0;
 
-    void add(const float* scores, Floats mark) {
+    // Outputs `at` to `at` + kLinearOutputs - 1.
+    void add(const float* scores, int64_t at, Floats mark) {
         constexpr int kVectors = kLinearOutputs / kLanes;
-        Floats x[kVectors], highest = peak;
+        Floats x[kVectors], highest = splat(kNothing);
         unrolled<kVectors>([&](auto n) DAPE_INLINE_LAMBDA {
             x[n] = load(scores + n * kLanes);
             highest = max(highest, x[n]);
         });
+        // Seldom, as the later ones of many outputs are seldom above all before.
+        if (any_above(highest, splat(best))) {
+            best = max_lane(highest);
+            best_id = at + (std::find(scores, scores + kLinearOutputs, best) - scores);
+        }
         if (any_above(highest, peak + splat(kHeadroom))) {
-            total = total * exp2((peak - highest) * splat(kLog2e));
-            peak = highest;
+            const Floats raised = max(peak, highest);
+            total = total * exp2((peak - raised) * splat(kLog2e));
+            peak = raised;
         }
         unrolled<kVectors>([&](auto n) DAPE_INLINE_LAMBDA {
             total = total + exp2((x[n] - peak) * splat(kLog2e));
@@ -61,7 +70,7 @@ void tally_linear(const Linear& layer, const Activations& x, int64_t first_row, 
         multiply_linear(layer, x, first_row, rows, at,
                         {&scores[0][0] - first_row * kLinearOutputs - at, kLinearOutputs, kFloat32}, kStore);
         for (int row = 0; row < rows; ++row) {
-            lanes[row].add(scores[row], splat(tally.mark[first_row + row]));
+            lanes[row].add(scores[row], at, splat(tally.mark[first_row + row]));
             const int64_t place = tally.target[first_row + row] - at;
             if (place >= 0 && place < kLinearOutputs) tally.own[first_row + row] = scores[row][place];
         }
@@ -69,6 +78,8 @@ void tally_linear(const Linear& layer, const Activations& x, int64_t first_row, 
     for (int row = 0; row < rows; ++row) {
         const int64_t to = part * all_rows + first_row + row;
         lanes[row].finish(tally.peak[to], tally.total[to], tally.above[to]);
+        tally.best[to] = lanes[row].best;
+        tally.best_id[to] = lanes[row].best_id;
     }
 }
 

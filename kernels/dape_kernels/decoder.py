@@ -40,7 +40,7 @@ class DecoderModules:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What the logits of some rows say of one token in each."""
+    """What the logits of some rows say of one token in each, and of the likeliest."""
 
     own: Tensor
     """Its logit, float32 [R]."""
@@ -50,6 +50,10 @@ class Tally:
     """Sum of exp(logit - peak) over the vocabulary, float32 [R]."""
     above: Tensor
     """Number of logits above the row's mark, int64 [R]."""
+    best: Tensor
+    """The largest logit, float32 [R]."""
+    best_id: Tensor
+    """Its token, the lowest of those that are equal, int64 [R]."""
 
 
 class Decoder(Protocol):

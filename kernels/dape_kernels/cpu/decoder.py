@@ -124,8 +124,9 @@ class CpuDecoder:
             1, min(TALLY_ITEMS * threads // -(-count // LINEAR_ROWS), self._output.outputs // OUTPUTS)
         )
         own = torch.empty(count)
-        peak, total, above = torch.empty(3, parts, count)
-        places = (targets.contiguous(), marks.contiguous(), own, peak, total, above)
+        peak, total, above, best = torch.empty(4, parts, count)
+        best_id = torch.empty(parts, count, dtype=torch.int64)
+        places = (targets.contiguous(), marks.contiguous(), own, peak, total, above, best, best_id)
         load().dape_tally(
             byref(self._output),
             rows.data_ptr(),
@@ -136,7 +137,16 @@ class CpuDecoder:
             threads,
         )
         highest = peak.amax(0)
-        return Tally(own, highest, (total * (peak - highest).exp_()).sum(0), above.long().sum(0))
+        # The first of equal parts, as their tokens rise.
+        largest, part = best.max(0)
+        return Tally(
+            own=own,
+            peak=highest,
+            total=(total * (peak - highest).exp_()).sum(0),
+            above=above.long().sum(0),
+            best=largest,
+            best_id=best_id.gather(0, part[None])[0],
+        )
 
     def _activations(self, hidden: Tensor) -> Tensor:
         narrow = self._dtype == torch.bfloat16 and multiplies_bfloat16()

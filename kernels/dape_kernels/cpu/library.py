@@ -118,6 +118,8 @@ class TallyStruct(Structure):
         ("peak", c_void_p),
         ("total", c_void_p),
         ("above", c_void_p),
+        ("best", c_void_p),
+        ("best_id", c_void_p),
         ("parts", c_int64),
     )
 
