@@ -1,7 +1,8 @@
 """`make load-test`: two minutes of five scenarios against a server that this starts with the shipped model.
 
 Fails (exit code 1) on any failed request and on any broken objective of objectives.yaml. The server runs few
-requests at once and lets few wait, so that the spike goes beyond what it takes.
+requests at once and lets few wait, so that the spike goes beyond what it takes. `--soak MINUTES` looks for
+leaks instead: its server has a small cache, which is soon full and evicts from then on.
 """
 
 from __future__ import annotations
@@ -35,27 +36,39 @@ PHASES = {
     "spike": Load(seconds=24, users=4, lean=True, sizes=SHORT),
     "abort": Load(seconds=12, users=8, sizes=SHORT),
 }
+SOAK_CACHE = {"kv_cache_memory": 128 << 20}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--objectives", type=click.Path(dir_okay=False, path_type=Path), default=OBJECTIVES)
 @click.option("--phases", default=",".join(PHASES), help="Which ones to run.")
 @click.option(
+    "--soak",
+    type=click.FloatRange(1),
+    metavar="MINUTES",
+    help="Instead of them a steady load for so long, in search of leaks: see `soak` in objectives.yaml.",
+)
+@click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the numbers."
 )
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page.")
-def main(objectives: Path, phases: str, json_path: Path | None, html: Path | None) -> None:
+def main(
+    objectives: Path, phases: str, soak: float | None, json_path: Path | None, html: Path | None
+) -> None:
     """Start a server with the shipped model, run the phases and judge them."""
     bounds = load_objectives(objectives)
-    chosen = [name for name in PHASES if name in phases.split(",")]
+    chosen = {name: PHASES[name] for name in PHASES if name in phases.split(",")}
+    if soak is not None:
+        chosen = {"soak": Load(seconds=60 * soak, users=4, sizes=SHORT)}
     results: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, list[Verdict]] = {}
     # Its choice for one machine: the load generator needs a core from time to time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with dape_server(resolve_model(DEFAULT_MODEL), SERVER) as (url, pid):
+    settings = SERVER if soak is None else {**SERVER, **SOAK_CACHE}
+    with dape_server(resolve_model(DEFAULT_MODEL), settings) as (url, pid):
         target = find_target(url, pid=pid)
-        for name in chosen:
-            result = results[name] = run_phase(name, target, PHASES[name])
+        for name, load in chosen.items():
+            result = results[name] = run_phase(name, target, load)
             figures = {**result["figures"], "extra": result["extra"]}
             verdicts[name] = judge(bounds.get(name, {}), figures)
             show(name, result, verdicts[name])

@@ -14,7 +14,7 @@ from dape_engine.errors import SettingsError
 from dape_load.objectives import Bound, judge, load_objectives
 from dape_load.phases import MIXTURES
 from dape_load.report import show, write_html
-from dape_load.watch import slopes
+from dape_load.watch import Sample, growth
 from dape_load.workload import MIX, Sizes, Workload
 from dape_server.load.client import lines
 from dape_server.load.figures import FORMULAS, summarise
@@ -228,7 +228,7 @@ def test_a_wrong_file_of_objectives_is_refused(tmp_path: Path, text: str, messag
 
 def test_the_objectives_in_the_box_are_those_of_the_smoke_test() -> None:
     objectives = load_objectives(OBJECTIVES)
-    assert objectives.keys() == PHASES.keys()
+    assert objectives.keys() == {*PHASES, "soak"}
     assert all("all.failed" in bounds for bounds in objectives.values())
 
 
@@ -256,10 +256,26 @@ def test_formulas_stand_beside_the_figures(tmp_path: Path, capsys: pytest.Captur
     assert "<b>" not in page
 
 
-def test_slopes_leave_out_the_first_third() -> None:
-    rising = [(60.0 * minute, (100 + minute) * 2.0**20, 7.0) for minute in range(30)]
-    filling = [(60.0 * minute, 2.0**20, 3.0) for minute in range(-15, 0)]
-    figures = slopes([*filling, *rising])
+def test_growth_leaves_out_the_first_third_and_single_peaks() -> None:
+    def sample(minute: int, memory: float, files: float, health: float = 2) -> Sample:
+        return {"seconds": 60.0 * minute, "memory_mib": memory, "open_files": files, "health_ms": health}
+
+    filling = [sample(minute, 10 * minute, 3) for minute in range(15)]
+    rising = [sample(minute, 100 + minute, 7) for minute in range(15, 45)]
+    peak = [sample(45, 900, 90, health=40)]
+    figures = growth([*filling, *rising, *peak])
+    assert figures["samples"] == 46
+    assert figures["memory_mib_growth"] == pytest.approx(15.5)
     assert figures["memory_mib_per_hour"] == pytest.approx(60)
-    assert figures["open_files_per_hour"] == pytest.approx(0, abs=1e-6)
-    assert slopes(rising[:3]) == {"samples": 2}
+    assert figures["open_files_growth"] == figures["health_ms_growth"] == 0
+    assert (figures["open_files"], figures["health_ms_max"]) == (90, 40)
+    assert "threads" not in figures
+    assert growth(rising[:5]) == {"samples": 5}
+
+
+@pytest.mark.parametrize(("grown", "met"), [(0.0, True), (17.0, False)])
+def test_growth_breaks_the_objectives_of_a_soak(grown: float, met: bool) -> None:
+    bounds = load_objectives(OBJECTIVES)["soak"]
+    extra = {path.removeprefix("extra."): 0.0 for path in bounds} | {"memory_mib_growth": grown}
+    verdicts = judge(bounds, {"all": {"failed": 0, "refused": 0}, "extra": extra})
+    assert all(verdict.met for verdict in verdicts) == met

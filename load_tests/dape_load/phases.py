@@ -19,7 +19,7 @@ from typing import Any
 
 from dape_engine.errors import SettingsError
 from dape_load.target import Target
-from dape_load.watch import free_blocks, sampled, slopes
+from dape_load.watch import free_blocks, growth, sampled
 from dape_load.workload import CHAT, MIX, SCORING, SPIKE, STEADY, STREAMING, Sizes
 from dape_server.load.client import Request
 from dape_server.load.figures import summarise
@@ -41,8 +41,8 @@ DEFAULT_SIZES = Sizes()
 CLOSED = frozenset({"spike", "abort", "interference"})
 """Scenarios without an open loop."""
 RECOVERY_SECONDS = 5
-SAMPLES = 120
-"""Of memory and open files during a soak."""
+SAMPLES, MOST_SECONDS = 120, 5.0
+"""Samples of a soak: at least so many, and so far apart at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ def run_phase(scenario: str, target: Target, load: Load) -> dict[str, Any]:
         kind: summarise([record for record in records if record.kind == kind], objectives) for kind in kinds
     }
     figures["all"] = summarise(records, objectives)
+    over_time = extra.pop("over_time", [])
     troubles = sorted({record.error for record in records if record.failed and record.error})
     settings = {**asdict(load), "model": target.model, "loop": _loop(scenario, load)}
     del settings["locust_html"]
@@ -98,6 +99,7 @@ def run_phase(scenario: str, target: Target, load: Load) -> dict[str, Any]:
         "settings": settings,
         "figures": figures,
         "extra": extra,
+        "over_time": over_time,
         "errors": troubles[:10],
     }
 
@@ -179,17 +181,23 @@ def _abort(target: Target, load: Load) -> tuple[list[Record], dict[str, Any]]:
     """Let half of the users hang up, then look for cache blocks that nobody has given back."""
     before = free_blocks(target)
     records = run_locust("abort", target, load)
-    after = free_blocks(target)
-    if before is None or after is None:
-        return records, {}
-    blocks = {"free_blocks_before": before, "free_blocks_after": after, "leaked_blocks": before - after}
-    return records, blocks
+    return records, _leaked(target, before)
 
 
 def _soak(target: Target, load: Load) -> tuple[list[Record], dict[str, Any]]:
-    with sampled(target, load.seconds / SAMPLES) as samples:
+    """Look for whatever grows under a steady load."""
+    before = free_blocks(target)
+    with sampled(target, min(load.seconds / SAMPLES, MOST_SECONDS)) as samples:
         records = _generate("soak", target, load)
-    return records, slopes(samples)
+    return records, {**growth(samples), **_leaked(target, before), "over_time": samples}
+
+
+def _leaked(target: Target, before: int | None) -> dict[str, Any]:
+    """Return the free cache blocks of an idle server and how many are missing since `before`."""
+    after = free_blocks(target)
+    if before is None or after is None:
+        return {}
+    return {"free_blocks_before": before, "free_blocks_after": after, "leaked_blocks": before - after}
 
 
 def run_locust(

@@ -1,17 +1,17 @@
-"""What a server says of itself during a run: free cache blocks, memory and open files."""
+"""What a server says of itself during a run, what the system says of its process, and what of that grows."""
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import numpy as np
+from urllib.request import urlopen
 
 from dape_engine.errors import SettingsError
 from dape_load.target import Target
-from dape_server.load.scrape import anonymous_memory, scrape
+from dape_server.load.scrape import anonymous_memory, count_threads, read_series, scrape, totals
 
 FREE_BLOCKS = "dape:kv_cache_free_blocks"
 BUSY = ("dape:num_requests_running", "dape:num_requests_waiting")
@@ -19,11 +19,13 @@ OPEN_FILES = "process_open_fds"
 RESIDENT = "process_resident_memory_bytes"
 CALM_SECONDS = 30
 POLL_SECONDS = 0.2
-SETTLED = 1 / 3
-"""Share of the samples, from the first on, that a slope leaves out: caches fill at first."""
+MIB = 1 << 20
+HEALTH_SECONDS = 60
+WATCHED = ("memory_mib", "open_files", "threads", "series", "health_ms")
+"""What must not grow: `series` of `/metrics`, `/health` as the time until the event loop answers it."""
 
-Sample = tuple[float, float, float]
-"""Seconds, bytes of memory, open files."""
+Sample = dict[str, float]
+"""By the names in `WATCHED`, `seconds` and `free_blocks`; without what nobody tells."""
 
 
 def free_blocks(target: Target) -> int | None:
@@ -58,16 +60,14 @@ def sampled(target: Target, every: float) -> Iterator[list[Sample]]:
     samples: list[Sample] = []
     over = threading.Event()
 
-    def sample() -> None:
+    def watch() -> None:
         while not over.wait(every):
             try:
-                seen = scrape(target.url, target.api_key)
-            except SettingsError:
+                samples.append(_sample(target))
+            except (OSError, SettingsError):
                 continue  # a gap
-            memory = seen[RESIDENT] if target.pid is None else anonymous_memory(target.pid)
-            samples.append((time.monotonic(), memory, seen[OPEN_FILES]))
 
-    thread = threading.Thread(target=sample)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield samples
@@ -76,20 +76,46 @@ def sampled(target: Target, every: float) -> Iterator[list[Sample]]:
         thread.join()
 
 
-def slopes(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the growth of memory (MiB) and open files per hour by least squares, and how many samples tell.
-
-    Nothing for fewer than three samples after the first third.
-    """
-    settled = samples[int(len(samples) * SETTLED) :]
-    if len(settled) < 3:
-        return {"samples": len(settled)}
-    seconds, memory, files = (np.array(column, dtype=float) for column in zip(*settled, strict=True))
-    hours = (seconds - seconds[0]) / 3600
-    return {
-        "samples": len(settled),
-        "memory_mib_per_hour": float(np.polyfit(hours, memory / (1 << 20), 1)[0]),
-        "open_files_per_hour": float(np.polyfit(hours, files, 1)[0]),
-        "memory_mib": float(memory[-1]) / (1 << 20),
-        "open_files": float(files[-1]),
+def _sample(target: Target) -> Sample:
+    begun = time.monotonic()
+    with urlopen(f"{target.url}/health", timeout=HEALTH_SECONDS) as answer:
+        answer.read()
+    health = time.monotonic() - begun
+    series = read_series(target.url, target.api_key)
+    seen = totals(series)
+    sample = {
+        "seconds": begun,
+        "health_ms": 1000 * health,
+        "memory_mib": seen[RESIDENT] / MIB,
+        "open_files": seen[OPEN_FILES],
+        "series": float(len(series)),
     }
+    if FREE_BLOCKS in seen:
+        sample["free_blocks"] = seen[FREE_BLOCKS]
+    if target.pid is not None:
+        sample["memory_mib"] = anonymous_memory(target.pid) / MIB
+        sample["threads"] = float(count_threads(target.pid))
+    return sample
+
+
+def growth(samples: Sequence[Sample]) -> dict[str, float]:
+    """Return the last value of everything watched, and by how much it has grown, in all and per hour.
+
+    That is the median of the last third of the samples less that of the middle third: caches fill in the
+    first. Nothing for fewer than six samples.
+    """
+    third = len(samples) // 3
+    figures: dict[str, float] = {"samples": len(samples)}
+    if third < 2:
+        return figures
+    middle, last = samples[third : 2 * third], samples[2 * third :]
+    hours = (_median(last, "seconds") - _median(middle, "seconds")) / 3600
+    for name in WATCHED:
+        if name in samples[0]:
+            grown = _median(last, name) - _median(middle, name)
+            figures |= {name: last[-1][name], f"{name}_growth": grown, f"{name}_per_hour": grown / hours}
+    return {**figures, "health_ms_max": max(sample["health_ms"] for sample in samples)}
+
+
+def _median(samples: Sequence[Sample], name: str) -> float:
+    return statistics.median(sample[name] for sample in samples)
