@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from dape_engine.bench.models import model_folder
+from dape_engine.bench.script import integers, run_script, script_parser
 from dape_engine.engine import AsyncEngine
 from dape_engine.options import EngineOptions
 from dape_engine.request import ScoreRequest, Window
-from dape_engine.weights import DEFAULT_MODEL
-from dape_kernels.bench.machine import machine
 from dape_kernels.bench.timing import ratio
 
 
@@ -73,23 +69,11 @@ async def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument(
-        "--tops", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2, 5]
-    )
+    parser = script_parser(__doc__)
+    parser.add_argument("--tops", type=integers, default=[0, 1, 2, 5])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with TemporaryDirectory() as scratch:
-        figures = asyncio.run(measure(model_folder(arguments.model, Path(scratch)), arguments))
-    if arguments.json:
-        result = {"machine": machine(), "model": Path(arguments.model).name, "figures": figures}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    run_script(parser, measure)
 
 
 if __name__ == "__main__":

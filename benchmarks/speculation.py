@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from dape_engine.bench.models import model_folder
+from dape_engine.bench.script import integers, run_script, script_parser
 from dape_engine.engine import AsyncEngine
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, RequestStats, SamplingParams, StepStats
 from dape_engine.speculation import SpeculativeConfig
-from dape_engine.weights import DEFAULT_MODEL
-from dape_kernels.bench.machine import machine
 from dape_kernels.bench.timing import ratio
 
 NAMES = ["Mary Wood", "John Hill", "Anna Price", "Peter Grey", "Ruth Marsh", "Henry Lane", "Jane Stone"]
@@ -134,22 +130,10 @@ async def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL)
-    parser.add_argument(
-        "--streams", type=lambda text: [int(part) for part in text.split(",")], default=[1, 4, 16]
-    )
+    parser = script_parser(__doc__)
+    parser.add_argument("--streams", type=integers, default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with TemporaryDirectory() as scratch:
-        figures = asyncio.run(measure(model_folder(arguments.model, Path(scratch)), arguments))
-    if arguments.json:
-        result = {"machine": machine(), "model": Path(arguments.model).name, "figures": figures}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    run_script(parser, measure)
 
 
 if __name__ == "__main__":
