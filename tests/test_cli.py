@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dape_engine.errors import DapeError, SettingsError
+from dape_kernels.attention import BACKENDS
 from dape_server.cli import COMMANDS, cli, main
 from dape_server.cli.options import build_settings, config_option, settings_options
 from dape_server.settings import ServerSettings
@@ -111,10 +112,12 @@ def test_evaluate_scores_the_same_tokens_at_every_length(folder: str, tmp_path: 
     assert rows[1]["stderr"] > 0
 
 
-def test_backends_says_what_runs_here() -> None:
+def test_backends_says_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(BACKENDS["reference"]), "describe", lambda _: "brackets [are] no markup")
     result = dape("backends")
     assert "chunked" in result.output
     assert "DAPE-FIRE" in result.output
+    assert "reference: brackets [are] no markup" in result.output
 
 
 def test_settings_come_from_flags_then_environment_then_file(

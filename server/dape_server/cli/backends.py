@@ -28,7 +28,7 @@ EXAMPLES = {
 def backends() -> None:
     """List the attention backends, what each can run here, and which one is chosen."""
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
-    console = Console()
+    console = Console(markup=False)
     for key, backend in BACKENDS.items():
         try:
             console.print(f"{key}: {backend.describe()}", highlight=False)
