@@ -5,12 +5,14 @@ PYTHON ?= python3.11
 HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := $(VENV)/bin
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-clients test-all sanitize load-test lint format bench experiments clean
+.PHONY: help serve test test-clients test-all sanitize load-test lint format bench experiments wheel check-wheel image \
+	check-image clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -80,6 +82,19 @@ experiments: $(VENV)/.dev ## train and score the runs of configs/experiments/$(S
 	$(BIN)/dape evaluate --sweep configs/experiments/$(SWEEP).yaml --corpus $(CORPUS) --runs runs/$(SWEEP) \
 		--ends 2 --dtype bfloat16 --collect docs/results $(ARGS)
 	$(BIN)/python benchmarks/update_results.py
+
+wheel: ## build the wheel dist/dape_serve-*.whl, with the C++ library inside
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+check-wheel: wheel ## let the wheel serve from an empty environment
+	$(PYTHON) deploy/check_wheel.py dist/dape_serve-$(VERSION)-*.whl $(VENV)/check-wheel --port $(PORT)
+
+DEVICE ?= cpu
+image: ## build the container image dape-serve:VERSION; DEVICE=cuda for NVIDIA GPUs
+	docker build --build-arg DEVICE=$(DEVICE) --tag dape-serve:$(VERSION) .
+
+check-image: ## build the image without Docker (root, buildah, debootstrap) and let it serve
+	$(PYTHON) deploy/check_image.py $(VENV)/check-image --port $(PORT)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
