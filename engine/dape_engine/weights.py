@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHIPPED = Path(__file__).parent / "models"
+CONFIG = "config.json"
 DEFAULT_MODEL = "dape-kerple-8m"
 
 
@@ -50,7 +51,7 @@ def load_config(folder: Path, yarn_factor: float | None = None) -> ModelConfig:
         SettingsError: a YaRN factor for a model without RoPE.
         ModelFolderError: the file is missing, is not JSON or holds a wrong value.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     settings = read_json(path)
     try:
         config = ModelConfig.model_validate(settings)
@@ -111,7 +112,7 @@ def save_model_folder(folder: Path, model: DapeForCausalLM, tokenizer: Tokenizer
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # Of the position only what was set: the settings of other kinds would be noise.
     settings = {**config.model_dump(), "position": config.position.model_dump(exclude_unset=True)}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

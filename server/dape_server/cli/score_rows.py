@@ -22,11 +22,11 @@ class Row:
     label: int | str
     """The length, or the window's name."""
     statistics: Statistics
-    scored: tuple[tuple[int, int], ...]
-    """Ranges of scored tokens, in order."""
-    token_ids: Sequence[int]
+    scored: tuple[tuple[int, int], ...] = ()
+    """Ranges of scored tokens, in order; none: only the sums are kept."""
+    token_ids: Sequence[int] = ()
     """Of the scored tokens."""
-    logprobs: Sequence[float]
+    logprobs: Sequence[float] = ()
     positions: tuple[PositionBucket, ...] = ()
     """Of a row by windows."""
     difference: PairedDifference | None = None
@@ -70,9 +70,10 @@ class Row:
                 }
                 for bucket in self.positions
             ]
-        row["scored"] = self.scored
-        row["token_ids"] = encode(self.token_ids, INTEGERS)
-        row["token_logprobs"] = encode(self.logprobs, FLOATS)
+        if self.scored:
+            row["scored"] = self.scored
+            row["token_ids"] = encode(self.token_ids, INTEGERS)
+            row["token_logprobs"] = encode(self.logprobs, FLOATS)
         return row
 
 

@@ -9,14 +9,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# Before Ray is imported: nothing is sent to its makers.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# The log of a replica comes through Ray, which is to leave its lines as they are.
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-# Ray would run the engines at the lowest priority but four.
-os.environ.setdefault("RAY_worker_niceness", "0")
-
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -24,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from dape_engine.errors import SettingsError
 from dape_engine.options import EngineOptions
+from dape_server.replicas.connect import connect, last_line
 from dape_server.replicas.engine import ReplicatedEngine
 from dape_server.replicas.metrics import FrontMetrics
 from dape_server.replicas.replica import Description, EngineReplica
@@ -41,12 +34,8 @@ CONTROL_REQUESTS = 16
 """Requests at once to a replica that are not for its engine."""
 UPSCALE_SECONDS, DOWNSCALE_SECONDS = 10.0, 120.0
 """How long there must be too much, or too little, work before replicas are added, or taken away."""
-
-
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Ray Serve would log a line for every call."""
-OBJECT_STORE_BYTES = 256 << 20
-"""Shared memory of a Ray of our own; answers above 100 KiB go through it."""
 
 
 class Cluster:
@@ -70,7 +59,8 @@ class Cluster:
         self._replicas = replicas
         self._restarting = threading.Lock()
         cores = os.cpu_count() or 1
-        _connect(replicas, cores)
+        _check(replicas)
+        connect(replicas.ray_address, max(cores, math.ceil(_cpus(replicas, cores) * replicas.most)))
         on_gpu = options.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         if options.threads is None and not on_gpu and replicas.ray_address is None:
             options = options.model_copy(update={"threads": max(1, cores // replicas.most)})
@@ -160,29 +150,15 @@ class Cluster:
         try:
             return serve.run(application, name=APPLICATION, route_prefix=None)
         except RuntimeError as error:
-            raise SettingsError(f"the replicas cannot be started: {_last_line(error)}") from error
+            raise SettingsError(f"the replicas cannot be started: {last_line(error)}") from error
 
 
-def _connect(replicas: ReplicaSettings, cores: int) -> None:
-    """Connect to the cluster, or start one of this machine alone."""
+def _check(replicas: ReplicaSettings) -> None:
     if not replicas.fewest <= (replicas.replicas or 1) <= replicas.most:
         raise SettingsError(
             f"--replicas {replicas.replicas}: must be from --min-replicas {replicas.fewest} "
             f"to --max-replicas {replicas.most}"
         )
-    try:
-        if replicas.ray_address is not None:
-            ray.init(replicas.ray_address, configure_logging=False)
-            return
-        ray.init(
-            "local",
-            num_cpus=max(cores, math.ceil(_cpus(replicas, cores) * replicas.most)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            configure_logging=False,
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SettingsError(f"--ray-address {replicas.ray_address}: {_last_line(error)}") from error
 
 
 def _cpus(replicas: ReplicaSettings, cores: int) -> float:
@@ -191,8 +167,3 @@ def _cpus(replicas: ReplicaSettings, cores: int) -> float:
         return replicas.replica_cpus
     share = cores / replicas.most if replicas.ray_address is None else 1
     return math.floor(share) if share >= 1 else round(share, 3)
-
-
-def _last_line(error: Exception) -> str:
-    """Return what an error of Ray says at its end, where the cause stands."""
-    return str(error).strip().splitlines()[-1].strip()

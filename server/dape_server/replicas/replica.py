@@ -28,9 +28,9 @@ from dape_server.replicas.order import Order, Refusal, unpack
 from dape_server.settings import ServerSettings
 from dape_server.status_line import log_status
 
-MESSAGE_SECONDS = 0.003
-"""Seconds between two messages of a replica, on average at least: each costs a good part of a millisecond on
-both sides. So one of 16 answers at work sends what it has gained every 48 ms."""
+PAUSE, MESSAGE_SECONDS = 0.02, 0.003
+"""Seconds between two messages of one answer, and on average of a replica, at least: a message costs a good
+part of a millisecond on both sides. So each of 16 answers at work sends what it has gained every 48 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class EngineReplica:
 
     def _pause(self) -> float:
         """Return the seconds between two messages of one answer."""
-        return self._at_work * MESSAGE_SECONDS
+        return max(PAUSE, self._at_work * MESSAGE_SECONDS)
 
     async def _items(self, order: Order) -> AsyncGenerator[object, None]:
         if order.grammar is None:
