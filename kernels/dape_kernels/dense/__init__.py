@@ -1,5 +1,5 @@
 """Differentiable attention over whole sequences, for training, in memory linear in their length."""
 
-from dape_kernels.dense.attention import dense_attention
+from dape_kernels.dense.attention import blockwise_attention, dense_attention
 
-__all__ = ["dense_attention"]
+__all__ = ["blockwise_attention", "dense_attention"]

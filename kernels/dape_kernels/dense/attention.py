@@ -1,5 +1,6 @@
 """The attention of whole sequences as one differentiable function, block by block in both directions.
 
+On CUDA devices most layers go to the kernels of `dape_kernels.triton.dense` instead; `dense_attention` chooses.
 Nothing of the size of all pairs is stored: backward computes the blocks again, but for the first ones whose
 intermediate values fit into KEPT_BYTES. Letters: H heads, B sequences, N tokens, d head size, b sequences,
 R rows and K keys of a block.
@@ -19,6 +20,7 @@ from dape_kernels.dense.adapt import Adapter, Kept, adapter_tensors, make_adapte
 from dape_kernels.dense.blocks import CPU_BLOCK, OTHER_BLOCK, Block
 from dape_kernels.dense.static import Static, static_parts
 from dape_kernels.encoding import Encoding
+from dape_kernels.triton.dense.attention import fused_attention, unsupported
 
 # Bytes that one call keeps for its backward pass beside q, k, v and the output. To compute a block again
 # costs about a third of its time; of short sequences all is kept.
@@ -30,7 +32,7 @@ def dense_attention(
 ) -> Tensor:
     """Causal attention of whole sequences, differentiable in q, k, v and the encoding's parameters.
 
-    Memory beside inputs, output and their gradients is bounded by KEPT_BYTES and a few blocks.
+    By Triton kernels on CUDA devices where they support the layer, else block by block in PyTorch.
 
     Args:
         query, key, value: [B, H, N, d], rotated already where the encoding is rotary.
@@ -39,6 +41,19 @@ def dense_attention(
 
     Returns:
         [B, H, N, d] in the dtype of `query`.
+    """
+    # The only place that chooses.
+    if query.device.type == "cuda" and unsupported(encoding, query) is None:
+        return fused_attention(query, key, value, encoding)
+    return blockwise_attention(query, key, value, encoding, segments)
+
+
+def blockwise_attention(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, segments: Tensor | None = None
+) -> Tensor:
+    """`dense_attention` of any layer on any device.
+
+    Memory beside inputs, output and their gradients is bounded by KEPT_BYTES and a few blocks.
     """
     with torch.autocast(query.device.type, enabled=False):
         static = static_parts(encoding, query.shape[2], segments, query.device)

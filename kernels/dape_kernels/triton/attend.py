@@ -131,7 +131,7 @@ def _add_values(
 
 
 @triton.jit
-def _pairs_first(scores):
+def pairs_first(scores):
     """Turn [G, M, N] into [P, G]."""
     GROUP_SIZE: tl.constexpr = scores.shape[0]
     PAIRS: tl.constexpr = scores.shape[1] * scores.shape[2]
@@ -255,7 +255,7 @@ def attend_kernel(
                 near = (group + other) % GROUPS
                 weights = first + near * 2 * LAYER
                 if other == 0:
-                    channels = _pairs_first(scores)
+                    channels = pairs_first(scores)
                 else:
                     others = _load_query(
                         query,
@@ -269,7 +269,7 @@ def attend_kernel(
                         DIM,
                         ROWS,
                     )
-                    channels = _pairs_first(
+                    channels = pairs_first(
                         _scores(
                             others,
                             keys,

@@ -74,7 +74,7 @@ class TritonBackend(Backend[TokenCache]):
         dape, bias = encoding.dape, encoding.bias
         width, kernel = (0, 1) if dape is None else (len(dape.hidden_bias), dape.kernel)
         large, grouped = encoding.head_dim > LARGE_HEAD, encoding.heads > GROUP
-        small = not roomy(_capability(device))
+        small = not roomy(capability(device))
         piecewise = isinstance(bias, Fire) and bias.activation in FIRE_SLOPES
         obstacles = (
             (device.type != self._device_type, f"{device.type} devices"),
@@ -175,7 +175,7 @@ def tiling(
         grouped=prepared.groups > 1,
         quantised=quantised,
     )
-    return choose(_capability(device), case)
+    return choose(capability(device), case)
 
 
 def _is_wide(dtype: torch.dtype) -> bool:
@@ -190,10 +190,11 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a device."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED_CAPABILITY
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_devicecapability(device)
 
 
 def run(

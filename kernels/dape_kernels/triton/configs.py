@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "forward", "backward_keys", "backward_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class Tiling:
     keys: int
     warps: int
     stages: int
+    slices: int = 1
+    """Into how many programs a head's elements are cut, in training's backward passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ HOPPER = (
     Line("decode", Tiling(1, 32, 8, 1), grouped=True),
     Line("decode", Tiling(1, 32, 8, 1), quantised=True),
     Line("decode", Tiling(1, 32, 8, 2)),
+    Line("forward", Tiling(16, 16, 8, 1)),
+    Line("backward_keys", Tiling(16, 16, 8, 1, slices=2), large=True),
+    Line("backward_keys", Tiling(16, 16, 8, 1)),
+    Line("backward_rows", Tiling(16, 16, 8, 1, slices=2), large=True),
+    Line("backward_rows", Tiling(16, 16, 8, 1)),
 )
 # 99 KiB:
 SMALL = (

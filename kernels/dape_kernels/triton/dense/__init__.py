@@ -1,0 +1,1 @@
+"""Training attention as Triton kernels, for what depends on the distance only."""

@@ -1,0 +1,328 @@
+"""The backward kernels of training, which compute every tile of pairs again from q, k and the log-sum-exp.
+
+Two passes: over tiles of keys for the gradients in k and v, over tiles of rows for those in q and all
+parameters. A tile of all heads is small, so the gradients in q of one pass over keys would be 48 atomic
+additions a pair with 12 heads of 64: more than the second pass costs. Everything is summed in one order.
+
+Letters: B sequences, N tokens, H heads, G heads of a group, d head size, D hidden width, M rows and K keys of
+a tile, P = M K pairs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dape_kernels.triton.attend import GROUP
+from dape_kernels.triton.dense.tiles import load_heads, pass_back, row_numbers, store_heads
+
+
+@triton.jit
+def delta_kernel(
+    output,  # [B, N, H, d]
+    gradient,  # [B, N, H, d]
+    delta,  # float32 [B, N, GROUPS * G]
+    tokens,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum the products of outputs and their gradients over each head: grid [tiles, GROUPS, B]."""
+    first_row, group, sequence = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offset = sequence * tokens * (HEADS * SIZE)
+    own = group * GROUP
+    outputs = load_heads(
+        output + offset, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+    )
+    gradients = load_heads(
+        gradient + offset, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+    )
+    place, there = row_numbers(first_row, tokens, group, GROUPS, ROWS)
+    found = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 2)
+    tl.store(delta + sequence * tokens * (GROUPS * GROUP) + place, found, mask=there)
+
+
+@triton.jit
+def keys_kernel(
+    query,  # inputs as of `forward_kernel`
+    query_sequence,
+    query_token,
+    query_head,
+    key,
+    key_sequence,
+    key_token,
+    key_head,
+    value,
+    value_sequence,
+    value_token,
+    value_head,
+    gradient,  # [B, N, H, d], in the output
+    lse,
+    delta,
+    first,
+    hidden,
+    second,
+    residual,
+    grad_key,  # [B, N, H, d]
+    grad_value,
+    tokens,
+    scale,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEEPS_SCORES: tl.constexpr,
+    SLICES: tl.constexpr,  # into which a head's elements are cut, one to a program
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Compute the gradients in a tile of keys and values: grid [tiles, GROUPS * SLICES, B]."""
+    group, slice_ = tl.program_id(1) // SLICES, tl.program_id(1) % SLICES
+    first_key, sequence = tl.program_id(0) * KEYS, tl.program_id(2).to(tl.int64)
+    PART: tl.constexpr = DIM // SLICES
+    own, element = group * GROUP, slice_ * PART
+    offset = sequence * tokens * (HEADS * SIZE)
+    rows = sequence * tokens * (GROUPS * GROUP)
+    query += sequence * query_sequence
+    key += sequence * key_sequence
+    value += sequence * value_sequence
+    gradient += offset
+    keys = load_heads(key, key_token, key_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
+    values = load_heads(value, value_token, value_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
+    of_keys = tl.zeros((GROUP, KEYS, PART), tl.float32)
+    of_values = tl.zeros((GROUP, KEYS, PART), tl.float32)
+    for first_row in range(first_key // ROWS * ROWS, tokens, ROWS):
+        queries = load_heads(
+            query, query_token, query_head, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+        )
+        of_output = load_heads(
+            gradient, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+        )
+        weight, of_scores, _, _, _, _ = pass_back(
+            queries,
+            keys,
+            values,
+            of_output,
+            query,
+            query_token,
+            query_head,
+            key,
+            key_token,
+            key_head,
+            value,
+            value_token,
+            value_head,
+            gradient,
+            lse + rows,
+            delta + rows,
+            first,
+            hidden,
+            second,
+            residual,
+            first_row,
+            first_key,
+            tokens,
+            group,
+            scale,
+            HEADS,
+            SIZE,
+            DIM,
+            GROUPS,
+            WIDTH,
+            KEEPS_SCORES,
+            PRECISION,
+            ROWS,
+            KEYS,
+        )
+        if SLICES > 1:
+            queries = load_heads(
+                query, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
+            )
+            of_output = load_heads(
+                gradient, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
+            )
+        weight = tl.permute(weight.to(queries.dtype), (0, 2, 1))
+        of_scores = tl.permute(of_scores.to(queries.dtype), (0, 2, 1))
+        of_values = tl.dot(weight, of_output, of_values, input_precision=PRECISION)
+        of_keys = tl.dot(of_scores, queries, of_keys, input_precision=PRECISION)
+    store_heads(grad_key + offset, of_keys * scale, first_key, tokens, own, element, HEADS, SIZE)
+    store_heads(grad_value + offset, of_values, first_key, tokens, own, element, HEADS, SIZE)
+
+
+@triton.jit
+def _of_distances(first_distance, first_row, first_key, TILE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return which pairs [K, P] of a tile with as many rows as keys have K distances from the first on."""
+    pair, distance = tl.arange(0, TILE * TILE), first_distance + tl.arange(0, TILE)
+    found = first_row - first_key + pair // TILE - pair % TILE
+    return (distance[:, None] == found[None, :]).to(DTYPE)
+
+
+@triton.jit
+def _add_distances(table, sums, first_distance, tokens, wanted):
+    """Add sums [K, X] to the rows of a table [N, X] that are a program's own."""
+    distance, column = first_distance + tl.arange(0, sums.shape[0]), tl.arange(0, sums.shape[1])
+    there = ((distance >= 0) & (distance < tokens) & wanted)[:, None]
+    # Atomic, because nobody waits for what it gives back; the order is that of the program.
+    tl.atomic_add(table + distance[:, None] * sums.shape[1] + column[None, :], sums, there, sem="relaxed")
+
+
+@triton.jit
+def rows_kernel(
+    query,  # inputs as of `keys_kernel`
+    query_sequence,
+    query_token,
+    query_head,
+    key,
+    key_sequence,
+    key_token,
+    key_head,
+    value,
+    value_sequence,
+    value_token,
+    value_head,
+    gradient,
+    lse,
+    delta,
+    first,
+    hidden,
+    second,
+    residual,
+    grad_query,  # [B, N, H, d]
+    grad_first,  # float32 [programs, GROUPS, G, D]
+    grad_hidden,  # float32 [programs, N, D], zero
+    grad_second,  # float32 [programs, GROUPS, G, D]
+    grad_residual,  # float32 [programs, GROUPS, N, G], zero
+    sequences,
+    tokens,
+    scale,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEEPS_SCORES: tl.constexpr,
+    LEARNS: tl.constexpr,  # whether gradients in the tables are wanted
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,  # M and K
+):
+    """Compute the gradients in some tiles of queries and their parts in parameters: [programs, GROUPS * SLICES].
+
+    A program takes several tiles, because its part of the tables' gradients is as large as the tables.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    group, slice_ = tl.program_id(1) // SLICES, tl.program_id(1) % SLICES
+    PART: tl.constexpr = DIM // SLICES
+    own, element = group * GROUP, slice_ * PART
+    tiles = tl.cdiv(tokens, TILE)
+    count = tiles * sequences
+    # Slices have the same gradients in parameters, groups in the hidden table.
+    counts = slice_ == 0
+    sums_residual = grad_residual + (program * GROUPS + group).to(tl.int64) * tokens * GROUP
+    sums_hidden = grad_hidden + program.to(tl.int64) * tokens * WIDTH
+    if WIDTH > 0:
+        of_first = tl.zeros((GROUP, WIDTH), tl.float32)
+        of_second = tl.zeros((GROUP, WIDTH), tl.float32)
+    for turn in range(0, tl.cdiv(count, programs)):
+        # There and back again, so that all programs get tiles of about as many keys; the longest first.
+        forth = turn % 2 == 0
+        number = turn * programs + tl.where(forth, program, programs - 1 - program)
+        if number < count:
+            first_row = (tiles - 1 - number // sequences) * TILE
+            sequence = (number % sequences).to(tl.int64)
+            queries_of = query + sequence * query_sequence
+            keys_of = key + sequence * key_sequence
+            values_of = value + sequence * value_sequence
+            gradients_of = gradient + sequence * tokens * (HEADS * SIZE)
+            rows = sequence * tokens * (GROUPS * GROUP)
+            queries = load_heads(
+                queries_of, query_token, query_head, first_row, tokens, own, 0, HEADS, SIZE, DIM, TILE
+            )
+            of_output = load_heads(
+                gradients_of, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, TILE
+            )
+            of_queries = tl.zeros((GROUP, TILE, PART), tl.float32)
+            # Sums over the diagonals that the next tile of keys goes on with.
+            if LEARNS:
+                carried_residual = tl.zeros((TILE, GROUP), tl.float32)
+                if WIDTH > 0:
+                    carried_hidden = tl.zeros((TILE, WIDTH), tl.float32)
+            for first_key in range(0, first_row + TILE, TILE):
+                keys = load_heads(
+                    keys_of, key_token, key_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                )
+                values = load_heads(
+                    values_of, value_token, value_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                )
+                _, of_scores, channels, activated, of_hidden, of_adapted = pass_back(
+                    queries,
+                    keys,
+                    values,
+                    of_output,
+                    queries_of,
+                    query_token,
+                    query_head,
+                    keys_of,
+                    key_token,
+                    key_head,
+                    values_of,
+                    value_token,
+                    value_head,
+                    gradients_of,
+                    lse + rows,
+                    delta + rows,
+                    first,
+                    hidden,
+                    second,
+                    residual,
+                    first_row,
+                    first_key,
+                    tokens,
+                    group,
+                    scale,
+                    HEADS,
+                    SIZE,
+                    DIM,
+                    GROUPS,
+                    WIDTH,
+                    KEEPS_SCORES,
+                    PRECISION,
+                    TILE,
+                    TILE,
+                )
+                if WIDTH > 0:
+                    of_first = tl.dot(tl.trans(channels), of_hidden, of_first, input_precision=PRECISION)
+                    of_second = tl.dot(tl.trans(of_adapted), activated, of_second, input_precision=PRECISION)
+                if LEARNS:
+                    distance = first_row - first_key + 1
+                    far = _of_distances(distance, first_row, first_key, TILE, of_adapted.dtype)
+                    near = _of_distances(distance - TILE, first_row, first_key, TILE, of_adapted.dtype)
+                    sums = tl.dot(far, of_adapted, carried_residual, input_precision=PRECISION)
+                    _add_distances(sums_residual, sums, distance, tokens, counts)
+                    carried_residual = tl.dot(near, of_adapted, input_precision=PRECISION)
+                    if WIDTH > 0:
+                        sums = tl.dot(far, of_hidden, carried_hidden, input_precision=PRECISION)
+                        _add_distances(sums_hidden, sums, distance, tokens, counts & (group == 0))
+                        carried_hidden = tl.dot(near, of_hidden, input_precision=PRECISION)
+                if SLICES > 1:
+                    keys = load_heads(
+                        keys_of, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, TILE
+                    )
+                of_queries = tl.dot(of_scores.to(keys.dtype), keys, of_queries, input_precision=PRECISION)
+            if LEARNS:
+                _add_distances(sums_residual, carried_residual, 1 - TILE, tokens, counts)
+                if WIDTH > 0:
+                    _add_distances(sums_hidden, carried_hidden, 1 - TILE, tokens, counts & (group == 0))
+                # The next tile adds to the same rows, perhaps by other threads.
+                tl.debug_barrier()
+            target = grad_query + sequence * tokens * (HEADS * SIZE)
+            store_heads(target, of_queries * scale, first_row, tokens, own, element, HEADS, SIZE)
+    if WIDTH > 0:
+        head, unit = tl.arange(0, GROUP), tl.arange(0, WIDTH)
+        place = (program * GROUPS + group) * (GROUP * WIDTH) + head[:, None] * WIDTH + unit[None, :]
+        tl.store(grad_first + place, of_first, mask=counts)
+        tl.store(grad_second + place, of_second, mask=counts)
