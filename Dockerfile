@@ -39,8 +39,10 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     if [ "$DEVICE" != cpu ]; then EXTRAS="$EXTRAS,$DEVICE"; fi \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt "$(echo /wheel/*.whl)[$EXTRAS]"
 
-# Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
+# Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine. What Triton
+# compiles is written where there is room, even if nothing else can be written.
 ENV OMP_WAIT_POLICY=PASSIVE \
+    TRITON_CACHE_DIR=/tmp/triton \
     DAPE_HOST=0.0.0.0 \
     DAPE_PORT=8000
 USER 10001
