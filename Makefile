@@ -11,8 +11,8 @@ LIBRARY := kernels/dape_kernels/cpu/libdape_cpu.so
 # Waiting OpenMP threads sleep instead of spinning, so that a busy neighbour does not stall the engine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help serve test test-clients test-all sanitize load-test lint format bench experiments wheel check-wheel image \
-	check-image clean
+.PHONY: help serve test test-clients test-all sanitize load-test docs reference lint format bench experiments wheel \
+	check-wheel image check-image clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -55,6 +55,16 @@ sanitize: $(VENV)/.dev ## run the kernel tests with AddressSanitizer and UBSan
 		DAPE_CPU_LIBRARY=$(VENV)/sanitize/libdape_cpu.so \
 		$(BIN)/pytest -n 2 -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py \
 		tests/test_cpu_decoder.py $(ARGS)
+
+$(VENV)/.docs: $(VENV)/.serve
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## build the documentation in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+reference: $(VENV)/.serve ## write the pages of docs/ that follow from the code
+	$(BIN)/python docs/tools/generate_reference.py
 
 load-test: $(VENV)/.dev ## two minutes of load on a server started for it; fails on any failed request
 	$(BIN)/python load_tests/smoke.py $(ARGS)
