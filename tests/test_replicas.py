@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from dape_engine.errors import StepError
+from dape_engine.errors import SettingsError, StepError
 from dape_engine.grammar import GrammarCompiler
 from dape_engine.inspection import InspectionRequest
 from dape_engine.request import (
@@ -25,6 +27,7 @@ from dape_engine.request import (
     Window,
     WindowScores,
 )
+from dape_server.cli import cli
 from dape_server.metrics import Exchange, Metrics
 from dape_server.replicas.gather import gathered
 from dape_server.replicas.metrics import FrontMetrics
@@ -285,3 +288,23 @@ def test_one_exposition_for_all_replicas() -> None:
     heads = [line for line in lines if line.startswith("# TYPE")]
     assert len(heads) == len(set(heads))
     assert len(values) == len([line for line in lines if not line.startswith("#")])
+
+
+def serve(*options: str) -> None:
+    """Run `dape serve`, which must refuse."""
+    CliRunner().invoke(cli, ["serve", "--port", "0", *options], catch_exceptions=False)
+
+
+def test_bounds_without_replicas_are_refused() -> None:
+    with pytest.raises(SettingsError, match="--max-replicas: has no meaning without --replicas"):
+        serve("--max-replicas", "3")
+
+
+def test_replicas_without_ray_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name == "ray" or name.startswith("ray.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, "dape_server.replicas.run", raising=False)
+    monkeypatch.delitem(sys.modules, "dape_server.replicas.cluster", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match=r"needs the package ray; pip install 'dape-serve\[ray\]'"):
+        serve("--replicas", "2")
