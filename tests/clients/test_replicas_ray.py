@@ -52,7 +52,10 @@ class Served:
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self.url, timeout=PATIENCE, headers={"Authorization": f"Bearer {KEY}"}
+            base_url=self.url,
+            timeout=PATIENCE,
+            headers={"Authorization": f"Bearer {KEY}"},
+            limits=httpx.Limits(max_connections=None),
         )
 
     def samples(self) -> dict[tuple[str, str, str], float]:
@@ -72,6 +75,11 @@ class Served:
 
     def total(self, name: str, reason: str = "") -> float:
         return sum(value for key, value in self.samples().items() if key[0] == name and key[2] == reason)
+
+    def complete(self) -> None:
+        """Wait until there are two replicas, and reports of both."""
+        wait_for(lambda: len(self.replicas) == 2)
+        wait_for(lambda: self.total("dape:replicas") == 2)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -113,23 +121,43 @@ def text(number: int, max_tokens: int = 250) -> dict[str, Any]:
     }
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """Return the text of an answer that must be whole."""
-    if not body["stream"]:
-        answer = await client.post(COMPLETIONS, json=body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["text"]
-    async with client.stream("POST", COMPLETIONS, json=body) as stream:
-        events = [line async for line in stream.aiter_lines() if line.startswith("data: ")]
-    lines = [event.removeprefix("data: ") for event in events]
-    assert lines[-1] == "[DONE]"
-    chunks = [json.loads(line) for line in lines[:-1]]
-    assert not any("error" in chunk for chunk in chunks), chunks[-1]
-    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+class Crowd:
+    """Requests side by side, half of them streams; their answers must be whole."""
 
+    def __init__(self, client: httpx.AsyncClient, count: int = CROWD, max_tokens: int = 250):
+        self._client = client
+        self._waiting = count // 2
+        self._begun = asyncio.Event()
+        self._answers = asyncio.gather(*(self._ask(text(number, max_tokens)) for number in range(count)))
 
-async def crowd(client: httpx.AsyncClient, count: int = CROWD, max_tokens: int = 250) -> list[str]:
-    return await asyncio.gather(*(ask(client, text(number, max_tokens)) for number in range(count)))
+    async def begun(self) -> None:
+        """Wait until every stream has begun."""
+        async with asyncio.timeout(PATIENCE):
+            await self._begun.wait()
+
+    async def answers(self) -> list[str]:
+        """Return the texts."""
+        return await self._answers
+
+    async def _ask(self, body: dict[str, Any]) -> str:
+        if not body["stream"]:
+            answer = await self._client.post(COMPLETIONS, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]["text"]
+        events: list[str] = []
+        async with self._client.stream("POST", COMPLETIONS, json=body) as stream:
+            async for line in stream.aiter_lines():
+                if not line.startswith("data: "):
+                    continue
+                events.append(line.removeprefix("data: "))
+                if len(events) == 1:
+                    self._waiting -= 1
+                if not self._waiting:
+                    self._begun.set()
+        assert events[-1] == "[DONE]"
+        chunks = [json.loads(event) for event in events[:-1]]
+        assert not any("error" in chunk for chunk in chunks), chunks[-1]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
 async def test_the_answers_are_those_of_one_engine(served: Served) -> None:
@@ -196,50 +224,59 @@ async def test_a_client_that_leaves_ends_its_work(served: Served) -> None:
     wait_for(lambda: served.total("dape:num_requests_running") == 0)
 
 
+async def test_a_burst_kills_no_replica(served: Served) -> None:
+    before = served.replicas
+    async with served.client() as client:
+        bodies = [{"prompt": [number % 300, 5, 7], "max_tokens": 4} for number in range(300)]
+        answers = await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in bodies))
+        assert {answer.status_code for answer in answers} <= {200, 429}
+        assert sum(answer.status_code == 200 for answer in answers) >= 2 * 32
+    assert served.replicas == before
+
+
 async def test_a_replica_killed_under_load_costs_no_request(served: Served) -> None:
     async with served.client() as client:
-        expected = await crowd(client)
+        expected = await Crowd(client).answers()
         moved = served.total("dape:requests_moved_total")
-        work = asyncio.ensure_future(crowd(client))
-        await asyncio.to_thread(wait_for, lambda: served.total("dape:num_requests_running") >= CROWD / 2)
+        crowd = Crowd(client)
+        await crowd.begun()
         os.kill(served.replicas[0], signal.SIGKILL)
-        assert await work == expected
+        assert await crowd.answers() == expected
         assert served.total("dape:requests_moved_total") > moved
-        wait_for(lambda: len(served.replicas) == 2)
-        wait_for(lambda: served.total("dape:replicas") == 2)
+        served.complete()
 
 
 async def test_with_all_replicas_killed_requests_wait_for_new_ones(served: Served) -> None:
     async with served.client() as client:
-        expected = await crowd(client, 4, 1500)
+        expected = await Crowd(client, 4, 1500).answers()
         moved = served.total("dape:requests_moved_total")
-        work = asyncio.ensure_future(crowd(client, 4, 1500))
-        await asyncio.to_thread(wait_for, lambda: served.total("dape:num_requests_running") >= 1)
+        crowd = Crowd(client, 4, 1500)
+        await crowd.begun()
         for pid in served.replicas:
             os.kill(pid, signal.SIGKILL)
-        assert await work == expected
+        assert await crowd.answers() == expected
         assert served.total("dape:requests_moved_total") >= moved + 4
         assert (await client.get("/health")).status_code == 200
+        served.complete()
 
 
 async def test_a_rolling_restart_loses_nothing(served: Served) -> None:
-    wait_for(lambda: served.total("dape:replicas") == 2)
     old = served.replicas
     async with served.client() as client:
-        expected = await crowd(client)
+        expected = await Crowd(client).answers()
         os.kill(served.pid, signal.SIGHUP)
         rounds = 0
         while living(old):
-            assert await crowd(client) == expected
+            assert await Crowd(client).answers() == expected
             rounds += 1
         assert rounds > 1
-        assert await crowd(client) == expected
-    wait_for(lambda: served.total("dape:replicas") == 2)
+        assert await Crowd(client).answers() == expected
+    served.complete()
     assert not set(old) & set(served.replicas)
 
 
 def test_one_metrics_page_for_all(served: Served) -> None:
-    wait_for(lambda: served.total("dape:replicas") == 2)
+    served.complete()
     samples = served.samples()
     engines = {engine for name, engine, _ in samples if name == "dape:num_requests_running"}
     assert len(engines) == 2
