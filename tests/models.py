@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dape_engine.config import ModelConfig
+from dape_engine.loading import load_model
 from dape_engine.model import DapeForCausalLM, initialise
-from dape_engine.weights import load_model, save_model_folder
+from dape_engine.weights import save_model_folder
 from dape_kernels.reference import reference_attention
 from dape_training.data import train_tokenizer
 

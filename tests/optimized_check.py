@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import ModelFolderError
+from dape_engine.loading import load_model
 from dape_engine.options import EngineOptions
-from dape_engine.weights import load_model
 from dape_kernels.reference import reference_attention
 from dape_server.app import create_app
 from dape_server.settings import ServerSettings

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dape_engine.loading import load_model
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import logits
 from dape_engine.runner import ModelRunner
 from dape_engine.sequence import Sequence
 from dape_engine.step import Chunk
-from dape_engine.weights import load_model
 
 PIECES = {"one prefill": [40], "chunks": [7, 16, 1, 13, 3], "steps": [1] * 40}
 """Ways to read 40 tokens."""

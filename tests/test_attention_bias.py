@@ -17,9 +17,10 @@ from dape_engine import inspection
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import DeadlineError, ModelFolderError, RequestError, StepError
 from dape_engine.inspection import InspectionRequest, thinned
+from dape_engine.loading import load_model
 from dape_engine.options import EngineOptions
 from dape_engine.request import GenerationRequest, SamplingParams, Scheduling
-from dape_engine.weights import DEFAULT_MODEL, load_model, resolve_model
+from dape_engine.weights import DEFAULT_MODEL, resolve_model
 from dape_kernels.reference import reference_attention, reference_scores
 from dape_server.app import create_app
 from dape_server.settings import ServerSettings

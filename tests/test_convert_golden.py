@@ -12,7 +12,7 @@ from dape_engine.convert.assemble import Report
 from dape_engine.convert.neox import import_gpt_neox
 from dape_engine.convert.result import ImportOptions
 from dape_engine.encoding import Rotary
-from dape_engine.weights import load_model
+from dape_engine.loading import load_model
 from dape_kernels.attention import paged_attention, select_backend
 from dape_kernels.reference import reference_scores
 from golden import Golden

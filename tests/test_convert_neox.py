@@ -15,9 +15,10 @@ from dape_engine.convert.assemble import Report
 from dape_engine.convert.neox import import_gpt_neox
 from dape_engine.convert.result import ImportOptions
 from dape_engine.errors import ModelFolderError
+from dape_engine.loading import load_model
 from dape_engine.model import DapeForCausalLM
 from dape_engine.tokenizer import TextTokenizer
-from dape_engine.weights import load_config, load_model
+from dape_engine.weights import load_config
 from dape_server.cli import cli
 from neox_checkpoints import make_model, neox_state, write_checkpoint
 from stepping import PIECES, make_runner, stepped_logits

@@ -254,6 +254,12 @@ def test_weights_that_are_bfloat16_numbers_take_half_the_memory() -> None:
     assert not narrow[2, :, 8:].any()
 
 
+def test_weights_may_begin_anywhere_in_a_file() -> None:
+    stored = torch.randn(1 + 64 * 16).bfloat16()
+    weight = stored[1:].view(64, 16)
+    assert torch.equal(pack_weight(weight), pack_weight(weight.clone()))
+
+
 def test_tables_live_as_long_as_the_decoder() -> None:
     model, spans = make_model(), SPANS["a short prompt"]
     tokens = random_tokens(spans)

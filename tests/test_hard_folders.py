@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from dape_engine.config import MAX_LAYERS, MAX_SIZE
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import ModelFolderError, SettingsError
+from dape_engine.loading import load_model
 from dape_engine.options import EngineOptions
 from dape_engine.tokenizer import TextTokenizer
-from dape_engine.weights import load_config, load_model
+from dape_engine.weights import load_config
 from dape_server.cli import main
 from models import plain_logprobs, write_model
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from dape_engine.config import ModelConfig
 from dape_engine.errors import ModelFolderError
+from dape_engine.loading import load_model
 from dape_engine.tokenizer import TextTokenizer
-from dape_engine.weights import load_config, load_model, resolve_model
+from dape_engine.weights import load_config, resolve_model
 from models import write_model
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from dape_engine.errors import SettingsError
+from dape_engine.loading import load_model
 from dape_engine.model import DapeForCausalLM
-from dape_engine.weights import load_model
 from dape_training.config import TrainingConfig, load_training_config
 from dape_training.data import (
     Corpus,

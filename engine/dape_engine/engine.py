@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -29,8 +29,8 @@ from dape_engine.inspection import (
     check_inspection,
 )
 from dape_engine.jobs import GenerationJob, Job, ScoreJob
+from dape_engine.loading import ModelLoader, load_model
 from dape_engine.loop import Observer, StepLoop
-from dape_engine.model import DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.request import (
     EngineState,
@@ -43,7 +43,8 @@ from dape_engine.runner import ModelRunner
 from dape_engine.scheduler import Scheduler
 from dape_engine.speculation import Speculator
 from dape_engine.tokenizer import TextTokenizer
-from dape_engine.weights import load_config, load_model
+from dape_engine.weights import load_config
+from dape_kernels.host import peak_memory
 
 logger = logging.getLogger(__name__)
 STOP_SECONDS = 30
@@ -66,14 +67,26 @@ class AsyncEngine(StepLoop):
             torch.set_num_threads(options.threads)
         self.options = options
         self.model_name = folder.resolve().name
+        began = time.monotonic()
         self.config = load_config(folder, options.yarn_factor)
         self.tokenizer = TextTokenizer.load(folder, self.config)
-        self.dtype_name = str(_dtype(options, self.config.dtype, _device(options))).removeprefix("torch.")
+        device = _device(options)
+        dtype = _dtype(options, self.config.dtype, device)
+        self.dtype_name = str(dtype).removeprefix("torch.")
         wanted = options.max_model_len or self.config.max_model_len
         if wanted > self.config.max_model_len:
             raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")
-        runner = _runner(options, wanted, partial(_load, folder, options, self.config.dtype))
-        self._layers = LayerWeights(folder, runner)
+        with _named_shortage(dtype, device):
+            loader, runner = _load(options, wanted, partial(_loader, folder, options))
+        self._layers = LayerWeights(lambda: load_model(folder, dtype, device, options), runner)
+        self.num_parameters = loader.num_parameters
+        self.load_seconds = time.monotonic() - began
+        logger.info(
+            "loaded %s parameters in %.1f s, peak RSS %d MiB",
+            _rounded(self.num_parameters),
+            self.load_seconds,
+            peak_memory() >> 20,
+        )
         self.backend_name = runner.backend.name
         self.num_blocks = runner.num_blocks
         self.cache_bytes = runner.cache_bytes
@@ -214,20 +227,27 @@ class AsyncEngine(StepLoop):
             self._abort(job)
 
 
-def _runner(
-    options: EngineOptions, max_model_len: int, load: Callable[[int], DapeForCausalLM]
-) -> ModelRunner:
+def _load(
+    options: EngineOptions, max_model_len: int, loader_of: Callable[[int], ModelLoader]
+) -> tuple[ModelLoader, ModelRunner]:
     """Load the model and return what runs its steps, with the other ranks if there are any."""
     if options.context_parallel_size == 1:
-        return ModelRunner(load(0), options, max_model_len)
-    leader = Leader(options, max_model_len, load)
+        loader = loader_of(0)
+        return loader, ModelRunner(loader.open(), options, max_model_len, loader)
+    leader = Leader(options, max_model_len, loader_of)
     try:
-        model = load(0)
+        loader = loader_of(0)
         leader.gather()
-        return ModelRunner(model, options, max_model_len, leader)
+        return loader, ModelRunner(loader.open(), options, max_model_len, loader, leader)
     except BaseException:
         leader.close()
         raise
+
+
+def _loader(folder: Path, options: EngineOptions, rank: int) -> ModelLoader:
+    device = _device(options, rank)
+    stored = load_config(folder, options.yarn_factor).dtype
+    return ModelLoader(folder, _dtype(options, stored, device), device, options)
 
 
 def _device(options: EngineOptions, rank: int = 0) -> torch.device:
@@ -244,18 +264,22 @@ def _device(options: EngineOptions, rank: int = 0) -> torch.device:
     return torch.device("cuda", rank) if options.context_parallel_size > 1 else torch.device("cuda")
 
 
-def _load(folder: Path, options: EngineOptions, stored: str, rank: int) -> DapeForCausalLM:
-    """Return the model of a rank, whose weights are stored in the dtype of that name."""
-    device = _device(options, rank)
-    dtype = _dtype(options, stored, device)
+@contextmanager
+def _named_shortage(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Say what it is that the GPU has no memory for."""
     try:
-        return load_model(folder, dtype, device, options.yarn_factor)
+        yield
     except torch.OutOfMemoryError as error:
         free, total = (size >> 20 for size in torch.cuda.mem_get_info(device))
         raise SettingsError(
             f"the model's weights in {str(dtype).removeprefix('torch.')} do not fit the GPU: {free} MiB of "
             f"{total} MiB are still free where they end"
         ) from error
+
+
+def _rounded(count: int) -> str:
+    """Return a number of parameters as models are named after it: 124M, 6.7B."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
 
 
 def _dtype(options: EngineOptions, stored: str, device: torch.device) -> torch.dtype:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from dape_engine.model import DapeForCausalLM
 from dape_engine.request import BACKGROUND, RequestStats, Scheduling
 from dape_engine.runner import ChunkResult, ModelRunner
 from dape_engine.sequence import Sequence
-from dape_engine.weights import load_model
 from dape_kernels.attention import paged_attention
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import row_scores
@@ -82,8 +81,8 @@ class LayerWeights:
     and forgotten with the last of them.
     """
 
-    def __init__(self, folder: Path, runner: ModelRunner):
-        self._folder = folder
+    def __init__(self, reload: Callable[[], DapeForCausalLM], runner: ModelRunner):
+        self._reload = reload
         self._served = runner.model
         self._lock = threading.Lock()
         self._loaded: weakref.ref[DapeForCausalLM] | None = None
@@ -99,11 +98,11 @@ class LayerWeights:
         with self._lock:
             model = None if self._loaded is None else self._loaded()
             if model is None:
-                served = self._served.word_embeddings.weight
-                config = self._served.config
-                model = load_model(self._folder, served.dtype, served.device, config.position.yarn_factor)
-                same = model.config == config
-                if not same or not torch.equal(model.word_embeddings.weight, served):
+                model = self._reload()
+                same = model.config == self._served.config
+                if not same or not torch.equal(
+                    model.word_embeddings.weight, self._served.word_embeddings.weight
+                ):
                     raise ModelFolderError("the model folder has changed since the server started")
                 self._loaded = weakref.ref(model)
             return model

@@ -10,6 +10,7 @@ from dape_engine.config import ModelConfig
 from dape_engine.errors import SettingsError
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import WORKSPACE
+from dape_kernels.host import available_memory
 
 DEFAULT_CPU_CACHE = 1 << 30
 # Vectors of a row that are alive at once in a layer: residual, norm, q k v and attention output, beside both
@@ -65,13 +66,7 @@ def plan_memory(
         SettingsError: nothing is left for the KV cache.
     """
     reserve = round(total * (1 - options.gpu_memory_utilization))
-    widest = 2 * config.intermediate_size + ROW_VECTORS * config.hidden_size
-    plan = MemoryPlan(
-        usable=max(0, free - reserve),
-        workspace=options.attention_workspace,
-        activations=options.max_num_batched_tokens * widest * itemsize,
-        output=options.max_num_seqs * config.vocab_size * 4 * LOGIT_COPIES + WORKSPACE,
-    )
+    plan = _plan(max(0, free - reserve), config, options, itemsize)
     if plan.cache <= 0:
         raise SettingsError(
             f"the model does not fit the GPU: of {total // MIB} MiB {free // MIB} MiB are free with the "
@@ -79,6 +74,40 @@ def plan_memory(
             "Lower max_num_batched_tokens or max_num_seqs, or raise gpu_memory_utilization"
         )
     return plan
+
+
+def _plan(usable: int, config: ModelConfig, options: EngineOptions, itemsize: int) -> MemoryPlan:
+    widest = 2 * config.intermediate_size + ROW_VECTORS * config.hidden_size
+    return MemoryPlan(
+        usable=usable,
+        workspace=options.attention_workspace,
+        activations=options.max_num_batched_tokens * widest * itemsize,
+        output=options.max_num_seqs * config.vocab_size * 4 * LOGIT_COPIES + WORKSPACE,
+    )
+
+
+def check_fit(config: ModelConfig, options: EngineOptions, weights: int, cache: int, itemsize: int) -> None:
+    """Refuse what a CPU's memory cannot hold, before the weights are read.
+
+    Args:
+        config: the model's.
+        options: the engine's.
+        weights: bytes of them.
+        cache: bytes of the KV cache.
+        itemsize: bytes of a number of the activations.
+
+    Raises:
+        SettingsError: it is not there.
+    """
+    available = available_memory()
+    plan = _plan(available - weights, config, options, itemsize)
+    if plan.cache < cache:
+        rest = plan.workspace + plan.activations + plan.output
+        raise SettingsError(
+            f"the model does not fit: weights {weights // MIB} MiB, KV cache {cache // MIB} MiB and "
+            f"activations {rest // MIB} MiB, and {available // MIB} MiB are available. "
+            "Use dtype bfloat16 or quantization int8, or lower kv_cache_memory"
+        )
 
 
 def cache_memory(

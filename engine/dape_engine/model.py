@@ -140,6 +140,7 @@ class DapeForCausalLM(nn.Module):
             self.final_linear,
             parallel_residual=self.config.parallel_residual,
             gelu_tanh=self.config.hidden_act == "gelu_tanh",
+            dtype=self.word_embeddings.weight.dtype,
         )
 
     def places(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:

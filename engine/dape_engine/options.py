@@ -29,6 +29,12 @@ class EngineOptions(BaseModel):
     """auto: CUDA where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, the model's own on a GPU."""
+    quantization: Literal["int8"] | None = None
+    """int8: the layers' weights are made int8 at load, with a scale per output channel; activations stay in
+    dtype, as do embeddings and the output layer."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: the weights of the model folder. dummy: random weights, for measurements; config.json and the
+    tokenizer are all that is read."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """auto: the same as dtype. int8, with a scale per token and head, needs the attention backend
     cpu or triton."""

@@ -11,7 +11,8 @@ import logging
 from collections import abc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, islice
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from dape_engine.context_parallel.ranks import Layers, Order, Ranks, Rows, spread_blocks
 from dape_engine.errors import SettingsError, StepError
 from dape_engine.graphs import DecodeGraphs, capture_cuda
-from dape_engine.memory import cache_memory
+from dape_engine.loading import ModelLoader
+from dape_engine.memory import cache_memory, check_fit
 from dape_engine.model import Attend, DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import logits, score_targets
@@ -73,13 +75,15 @@ class ModelRunner:
     """Runs steps of one model on one device.
 
     Args:
-        model: with its weights.
+        model: with all its weights, or with the layers' own still to come from `loader`.
         options: of the engine.
-        max_model_len: the longest sequence wanted.
+        max_model_len: longest sequence wanted.
+        loader: fills the layers.
         ranks: where the keys of a sequence are spread over several processes.
 
     Raises:
-        SettingsError: the cache memory is too small, or no backend can run the encoding.
+        SettingsError: model and cache do not fit the memory, or no backend can run the encoding.
+        ModelFolderError: as `ModelLoader`.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class ModelRunner:
         model: DapeForCausalLM,
         options: EngineOptions,
         max_model_len: int,
+        loader: ModelLoader | None = None,
         ranks: Ranks | None = None,
     ):
         self.model = model
@@ -162,14 +167,23 @@ class ModelRunner:
                 self.num_blocks * self.block_size, config.position.segment_tokens, self.device
             )
         self._decoder: Decoder | None = None
-        modules = model.decoder_modules()
+        # Every layer of ranks ends in a collective, so they run one by one.
+        modules = None if ranks is not None else model.decoder_modules()
         if modules is None:
-            logger.info("no fused decoder: it has no rotation (rope) and no clip_qkv")
-        elif ranks is None:
+            logger.info("no fused decoder: it has no rotation (rope), no clip_qkv and no other ranks")
+        elif loader is not None:
+            modules = replace(modules, weights=partial(loader.packing, model))
+        if loader is not None and self.device.type == "cpu":
+            packed = modules is not None and self.backend.name == "cpu"
+            check_fit(config, options, loader.memory(packed=packed), self.cache_bytes, dtype.itemsize)
+        if modules is not None:
             self._decoder = self.backend.decoder(modules, self.caches, self.encodings, self.max_model_len)
         if self._decoder is not None:
             # It has its own copy of their weights.
             model.layers = nn.ModuleList()  # type: ignore[assignment]
+        elif loader is not None:
+            for index in range(self.num_layers):
+                loader.fill(model, index)
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cuda":
             self.warm_up()

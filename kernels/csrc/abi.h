@@ -80,10 +80,11 @@ struct Attention {
 // A linear layer, y = x W^T + b, its weights packed like the keys of one head: panels of 16 outputs, G inputs in a word.
 struct Linear {
     const uint32_t* weight;  // [panels, inputs / G, 16]; panels = outputs rounded up to 64, / 16
+    const float* scale;      // [panels * 16], int8 only: weight = lane * scale of its output
     const float* bias;       // [panels * 16], or null
     int64_t inputs;          // a multiple of 8
     int64_t outputs;
-    int32_t storage;  // kFloat32 or kBfloat16
+    int32_t storage;  // Storage
 };
 
 // What the outputs of a linear layer say of one of them in each row: enough for its log-probability and rank, and for

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "bfloat16.h"
 #include "dispatch.h"
 
 namespace dape {
@@ -13,6 +14,9 @@ namespace dape {
 namespace {
 
 constexpr int64_t kNormRows = 16;  // of an item
+// Rows that are multiplied by each int8 weight as soon as it is read. bfloat16 rows are made floats for that: bytes become
+// floats sooner than pairs of bfloat16.
+constexpr int64_t kFewRows = 6;
 
 // Activations between two products, kept for the next call: fresh memory costs more than what is done with it.
 class Buffers {
@@ -33,14 +37,25 @@ class Buffers {
     struct Free {
         void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(64)); }
     };
-    std::unique_ptr<char, Free> memory_[5];
-    int64_t sizes_[5] = {};
+    std::unique_ptr<char, Free> memory_[6];
+    int64_t sizes_[6] = {};
 };
 
 thread_local Buffers buffers;
 
 char* at(const Activations& x, int64_t element) {
     return static_cast<char*>(x.data) + element * (x.type == kBfloat16 ? 2 : 4);
+}
+
+// Rows of bfloat16 as floats.
+Activations widened(const Activations& x, int64_t rows, int64_t columns) {
+    const Activations wide = buffers.rows(5, rows, columns, kFloat32);
+    for (int64_t row = 0; row < rows; ++row) {
+        const auto* from = static_cast<const uint16_t*>(x.data) + row * x.stride;
+        auto* to = static_cast<float*>(wide.data) + row * columns;
+        for (int64_t i = 0; i < columns; ++i) to[i] = widen(from[i]);
+    }
+    return wide;
 }
 
 // The slots of all rows of a batch.
@@ -63,6 +78,8 @@ std::vector<int64_t> slots_of(const Attention& batch) {
 void multiply(const Linear& layer, const Activations& x, int64_t rows, const Activations& target, Action action,
               int threads) {
     const Kernel& used = kernel();
+    if (layer.storage == kInt8 && x.type == kBfloat16 && rows <= kFewRows)
+        return multiply(layer, widened(x, rows, layer.inputs), rows, target, action, threads);
     const int64_t across = (layer.outputs + kLinearOutputs - 1) / kLinearOutputs;
     // Items with the same rows follow each other, so that the rows stay in the second-level cache.
     share(threads, (rows + kLinearRows - 1) / kLinearRows * across, [&](int64_t item) {

@@ -13,6 +13,9 @@ namespace {
 // Rows and inputs that are multiplied at a time, so that both factors stay in the first-level cache.
 constexpr int kRowBlock = 48, kInputs = 128;
 
+// Inputs of int8 weights that are made bfloat16 for matrix units at a time.
+constexpr int kMatrixInputs = 128;
+
 // Half the complementary error function of |x| / sqrt(2): Abramowitz and Stegun 7.1.26, error 1e-7.
 Floats upper_tail(Floats x) {
     const Floats size = max(x, -x);
@@ -74,6 +77,7 @@ void store_row(const Activations& target, int64_t row, int64_t column, Floats x,
 void finish(const Linear& layer, const Activations& target, Action action, int64_t row, int64_t output, Floats x) {
     const int count = int(least(kLanes, layer.outputs - output));
     if (count <= 0) return;
+    if (layer.scale) x = x * (load(layer.scale + output) * splat(1.0f / kHighByte));
     if (layer.bias) x = x + load(layer.bias + output);
     if (action == kStoreGelu) x = gelu(x);
     if (action == kStoreGeluTanh) x = gelu_tanh(x);
@@ -81,17 +85,26 @@ void finish(const Linear& layer, const Activations& target, Action action, int64
     store_row(target, row, output, x, count);
 }
 
-// The weights of some inputs of a register tile as floats.
-const uint32_t* widen_columns(const uint32_t* column, int words, float* wide) {
+// Words of some inputs, G in a word, as words of L: floats, or pairs of bfloat16, which hold any int8 exactly. int8 count
+// kHighByte times. As many words behind them are fetched on the way.
+template <int G, int L>
+void convert(const uint32_t* column, int words, uint32_t* out) {
     for (int w = 0; w < words; ++w) {
         const Words word = load(column + w * kPanel);
-        store(wide + 2 * w * kPanel, lane<2>(word, 0));
-        store(wide + (2 * w + 1) * kPanel, lane<2>(word, 1));
+        prefetch(column + (words + w) * kPanel);
+        const auto number = [&](int k) DAPE_INLINE_LAMBDA {
+            if constexpr (G == 4) return high_byte(word, k);
+            else return lane<G>(word, k);
+        };
+        unrolled<G / L>([&](auto i) DAPE_INLINE_LAMBDA {
+            uint32_t* const at = out + (w * (G / L) + i) * kPanel;
+            if constexpr (L == 1) store(reinterpret_cast<float*>(at), number(i));
+            else store_words(at, exact_pairs(number(2 * i), number(2 * i + 1)));
+        });
     }
-    return reinterpret_cast<const uint32_t*>(wide);
 }
 
-// Rows of floats, or of bfloat16 if Pairs, times kColumns vectors of outputs.
+// Rows of floats, or of bfloat16 if Pairs, times kColumns vectors of outputs, whose weights lie G in a word.
 template <int G, bool Pairs>
 class Block {
   public:
@@ -105,22 +118,35 @@ class Block {
             columns[n] = layer_.weight + at / kPanel * words_ * kPanel + at % kPanel;
         }
         // Few rows: nothing is read twice, so nothing has to stay in the cache.
-        if (rows <= kRows) return multiply_inputs<G>(first_row, rows, output, columns, 0, int(words_), true);
+        if constexpr (kUnconverted > 0)
+            if (rows <= kRows) return multiply_inputs<G>(first_row, rows, output, columns, 0, int(words_), true);
         for (int64_t word = 0; word < words_; word += kInputs / G) {
             const int count = int(least(words_ - word, kInputs / G));
             const bool ends = word + count == words_;
             const uint32_t* piece[kColumns];
-            for (int n = 0; n < kColumns; ++n) {
-                piece[n] = columns[n] + word * kPanel;
-                if constexpr (G == 2 && !Pairs) piece[n] = widen_columns(piece[n], count, wide_[n]);
+            for (int n = 0; n < kColumns; ++n) piece[n] = columns[n] + word * kPanel;
+            if constexpr (kUnconverted > 0)
+                if (rows <= kUnconverted) {
+                    multiply_inputs<G>(first_row, rows, output, piece, int(word), count, ends);
+                    continue;
+                }
+            if constexpr (G != kFactors) {
+                for (int n = 0; n < kColumns; ++n) {
+                    convert<G, kFactors>(piece[n], count, converted_[n]);
+                    piece[n] = converted_[n];
+                }
+                constexpr int kRatio = G / kFactors;
+                multiply_inputs<kFactors>(first_row, rows, output, piece, int(kRatio * word), kRatio * count, ends);
             }
-            if constexpr (G == 2 && !Pairs)
-                multiply_inputs<1>(first_row, rows, output, piece, int(2 * word), 2 * count, ends);
-            else multiply_inputs<G>(first_row, rows, output, piece, int(word), count, ends);
         }
     }
 
   private:
+    // Numbers in a word as they are multiplied.
+    static constexpr int kFactors = Pairs ? 2 : 1;
+    // Up to so many rows every register tile converts the weights for itself, which is less work than to keep them.
+    static constexpr int kUnconverted = G == kFactors ? kRowBlock : Pairs ? 0 : (G == 2 ? 4 : 2) * kRows;
+
     template <int L>
     void multiply_inputs(int64_t first_row, int rows, int64_t output, const uint32_t* const* columns, int word,
                          int words, bool ends) {
@@ -131,7 +157,7 @@ class Block {
                 each<m>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
                     sum[i][n] = word ? load(&partial_[row + i][n * kLanes]) : splat(0.0f);
                 });
-                multiply<L, Pairs>(sum, x + row * x_.stride * (Pairs ? 2 : 4), x_.stride, columns, nullptr, words);
+                multiply<L, Pairs, L == 4>(sum, x + row * x_.stride * (Pairs ? 2 : 4), x_.stride, columns, nullptr, words);
                 each<m>([&](auto i, auto n) DAPE_INLINE_LAMBDA {
                     if (ends) finish(layer_, target_, action_, first_row + row + i, output + n * kLanes, sum[i][n]);
                     else store(&partial_[row + i][n * kLanes], sum[i][n]);
@@ -150,7 +176,7 @@ class Block {
     const Action action_;
     const int64_t words_;
     float partial_[kRowBlock][kColumns * kLanes];
-    float wide_[kColumns][kInputs * kPanel];
+    uint32_t converted_[kColumns][kInputs / kFactors * kPanel];
 };
 
 template <int G, bool Pairs>
@@ -182,17 +208,51 @@ void multiply_blocks(const Linear& layer, const Activations& x, int64_t first_ro
     }
 }
 
+// The same with int8 weights, which are made bfloat16 piece by piece.
+[[maybe_unused]] void multiply_matrix_bytes(const Linear& layer, const Activations& x, int64_t first_row, int rows,
+                                            int64_t output, const Activations& target, Action action) {
+    constexpr int kPanels = kLinearOutputs / kPanel;
+    MatrixMode mode;
+    const uint32_t* column[kPanels];
+    alignas(64) uint32_t converted[kPanels][kMatrixInputs / 2 * kPanel];
+    const uint32_t* panels[kPanels];
+    for (int n = 0; n < kPanels; ++n) {
+        column[n] = layer.weight + (output / kPanel + n) * (layer.inputs / 4 * kPanel);
+        panels[n] = converted[n];
+    }
+    alignas(64) float sums[kLinearRows][kLinearOutputs];
+    for (int64_t input = 0; input < layer.inputs; input += kMatrixInputs) {
+        const int inputs = int(least(kMatrixInputs, layer.inputs - input));
+        for (int n = 0; n < kPanels; ++n)
+            convert<4, 2>(column[n] + input / 4 * kPanel, inputs / 4, converted[n]);
+        for (int row = 0; row < rows; row += kMatrix) {
+            mode.use_rows(int(least(kMatrix, rows - row)));
+            const auto* own = static_cast<const uint16_t*>(x.data) + (first_row + row) * x.stride + input;
+            if (input) matrix_scores<true>(own, x.stride, panels, nullptr, inputs, sums[row], kLinearOutputs);
+            else matrix_scores(own, x.stride, panels, nullptr, inputs, sums[row], kLinearOutputs);
+        }
+    }
+    for (int row = 0; row < rows; ++row)
+        for (int n = 0; n < kLinearOutputs; n += kLanes)
+            finish(layer, target, action, first_row + row, output + n, load(&sums[row][n]));
+}
+
 }  // namespace
 
 void multiply_linear(const Linear& layer, const Activations& x, int64_t first_row, int rows, int64_t output,
                      const Activations& target, Action action) {
+    const bool bytes = layer.storage == kInt8;
     if constexpr (kHasMatrix)
         if (x.type == kBfloat16 && layer.inputs % kHalf == 0)
-            return multiply_matrix(layer, x, first_row, rows, output, target, action);
+            return (bytes ? multiply_matrix_bytes : multiply_matrix)(layer, x, first_row, rows, output, target, action);
     if constexpr (kHasBfloat16)
-        if (x.type == kBfloat16) return multiply_blocks<2, true>(layer, x, first_row, rows, output, target, action);
-    if (layer.storage == kBfloat16) multiply_blocks<2, false>(layer, x, first_row, rows, output, target, action);
-    else multiply_blocks<1, false>(layer, x, first_row, rows, output, target, action);
+        if (x.type == kBfloat16)
+            return (bytes ? multiply_blocks<4, true> : multiply_blocks<2, true>)(layer, x, first_row, rows, output,
+                                                                                 target, action);
+    const auto multiply = bytes                        ? multiply_blocks<4, false>
+                          : layer.storage == kBfloat16 ? multiply_blocks<2, false>
+                                                       : multiply_blocks<1, false>;
+    multiply(layer, x, first_row, rows, output, target, action);
 }
 
 void normalise(const Norm& norm, const float* x, int64_t hidden, float epsilon, int64_t first_row, int64_t rows,

@@ -45,15 +45,23 @@ inline void prefetch_rows(const uint32_t* words, int64_t stride, int rows) {
         for (int tile = 0; tile < Tiles; ++tile) prefetch(words + row * stride + tile * kMatrix);
 }
 
-// Scores of as many queries as rows are in use and 4 panels of keys: out[rows, 4 * 16].
+// Scores of as many queries as rows are in use and 4 panels of keys: out[rows, 4 * 16], added to what is there if Adds.
 //   query: bfloat16, rows `stride` apart; keys: words of each panel; next: panels that are needed after these,
 //   fetched on the way (null: none); dim: a multiple of 16.
+template <bool Adds = false>
 inline void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys,
                           const uint32_t* const* next, int dim, float* out, int64_t out_stride) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (Adds) {
+        _tile_loadd(0, out, out_stride * 4);
+        _tile_loadd(1, out + kMatrix, out_stride * 4);
+        _tile_loadd(2, out + 2 * kMatrix, out_stride * 4);
+        _tile_loadd(3, out + 3 * kMatrix, out_stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     int element = 0;
     for (; element + kDepth <= dim; element += kDepth) {
         const int64_t word = element / 2 * kPanel;
@@ -156,6 +164,7 @@ constexpr bool kHasMatrix = false;
 struct MatrixMode {
     void use_rows(int) {}
 };
+template <bool Adds = false>
 void matrix_scores(const uint16_t* query, int64_t stride, const uint32_t* const* keys, const uint32_t* const* next,
                    int dim, float* out, int64_t out_stride);
 template <int Tiles>

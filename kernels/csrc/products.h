@@ -24,6 +24,10 @@ inline Words pair_words(Floats even, Floats odd) {
                                                 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
+// The same of numbers that bfloat16 holds exactly.
+inline Words exact_pairs(Floats even, Floats odd) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+}
 inline Words low_halves(Words words) { return _mm512_and_si512(words, _mm512_set1_epi32(0xffff)); }
 inline void store_words(uint32_t* p, Words words) { _mm512_storeu_si512(p, words); }
 #else
@@ -31,6 +35,7 @@ inline void store_words(uint32_t* p, Words words) { _mm512_storeu_si512(p, words
 Floats dot_pairs(Floats sum, Words a, Words b);
 Words splat_word(const void* p);
 Words pair_words(Floats even, Floats odd);
+Words exact_pairs(Floats even, Floats odd);
 Words low_halves(Words words);
 void store_words(uint32_t* p, Words words);
 #endif
@@ -40,8 +45,9 @@ inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // sum[m][n] += sum over elements of row[m] * column[n], for M rows and N vectors of columns.
 //   rows: [M, stride] float, or bfloat16 if Pairs; columns: start of each vector's column of words;
-//   next: columns that are needed after these, fetched on the way (null: none).
-template <int G, bool Pairs, int M, int N>
+//   next: columns that are needed after these, fetched on the way (null: none);
+//   High: elements are int8 and count kHighByte times.
+template <int G, bool Pairs, bool High = false, int M, int N>
 DAPE_INLINE void multiply(Floats (&sum)[M][N], const void* rows, int64_t stride, const uint32_t* const* columns,
                           const uint32_t* const* next, int words) {
     for (int w = 0; w < words; ++w) {
@@ -59,7 +65,10 @@ DAPE_INLINE void multiply(Floats (&sum)[M][N], const void* rows, int64_t stride,
             const auto* element = static_cast<const float*>(rows) + G * w;
             unrolled<G>([&](auto k) DAPE_INLINE_LAMBDA {
                 Floats y[N];
-                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { y[n] = lane<G>(word[n], k); });
+                unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA {
+                    if constexpr (High) y[n] = high_byte(word[n], k);
+                    else y[n] = lane<G>(word[n], k);
+                });
                 unrolled<M>([&](auto m) DAPE_INLINE_LAMBDA {
                     const Floats x = splat(element[m * stride + k]);
                     unrolled<N>([&](auto n) DAPE_INLINE_LAMBDA { sum[m][n] = fma(x, y[n], sum[m][n]); });

@@ -54,6 +54,13 @@ inline Floats lane(Words w, int k) {
         return _mm512_castsi512_ps(k ? _mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000u))) : _mm512_slli_epi32(w, 16));
     else return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_sll_epi32(w, _mm_cvtsi32_si128(24 - 8 * k)), 24));
 }
+inline Floats high_byte(Words w, int k) {
+    if (k == 3) return _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xff000000u))));
+    // Byte k of the first word, behind three bytes of zeros; the same in each of four words.
+    const __m512i place = _mm512_add_epi8(_mm512_set4_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080),
+                                          _mm512_set1_epi32(k << 24));
+    return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(w, place));
+}
 
 #elif defined(__AVX2__) && defined(__FMA__)
 
@@ -101,6 +108,13 @@ inline Floats lane(Words w, int k) {
         return _mm256_castsi256_ps(k ? _mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000u))) : _mm256_slli_epi32(w, 16));
     else return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sll_epi32(w, _mm_cvtsi32_si128(24 - 8 * k)), 24));
 }
+inline Floats high_byte(Words w, int k) {
+    if (k == 3) return _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xff000000u))));
+    const __m256i place = _mm256_add_epi8(_mm256_set_epi32(0x0c808080, 0x08808080, 0x04808080, 0x00808080, 0x0c808080,
+                                                           0x08808080, 0x04808080, 0x00808080),
+                                          _mm256_set1_epi32(k << 24));
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(w, place));
+}
 
 #else  // any processor, by GCC's vector extension
 
@@ -147,8 +161,12 @@ inline Floats lane(Words w, int k) {
     else if constexpr (G == 2) return (Floats)(k ? w & 0xffff0000u : w << 16);
     else return __builtin_convertvector((Integers)(w << (24 - 8 * k)) >> 24, Floats);
 }
+inline Floats high_byte(Words w, int k) { return __builtin_convertvector((Integers)(w << (24 - 8 * k) & 0xff000000u), Floats); }
 
 #endif
+
+// What `high_byte` makes of one: a byte there is cheaper to widen than a byte in its place.
+constexpr float kHighByte = 16777216.0f;
 
 // 2^x for x <= 127, relative error 2e-7; zero for x far below -126.
 inline Floats exp2(Floats x) {

@@ -5,13 +5,16 @@ Letters: T rows of a ragged batch, R rows, h hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dape_kernels.paged import RaggedBatch
+from dape_kernels.quantized import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +22,11 @@ class DecoderLayer:
     """One pre-norm block: outputs [H, 3, d] of `query_key_value`, a GELU between `up` and `down`."""
 
     attention_norm: nn.LayerNorm
-    query_key_value: nn.Linear
-    dense: nn.Linear
+    query_key_value: Linear
+    dense: Linear
     mlp_norm: nn.LayerNorm
-    up: nn.Linear
-    down: nn.Linear
+    up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,14 @@ class DecoderModules:
 
     layers: Sequence[DecoderLayer]
     norm: nn.LayerNorm
-    output: nn.Linear
+    output: Linear
     parallel_residual: bool
     gelu_tanh: bool
     """Whether GELU is its tanh approximation instead of the exact form."""
+    dtype: torch.dtype
+    """Of the activations. Weights may have a narrower type, whose numbers this one holds as well."""
+    weights: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    """The weights of a layer may be there within this context only; its shapes are always known."""
 
 
 @dataclass(frozen=True, slots=True)

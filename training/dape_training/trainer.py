@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from dape_engine.errors import SettingsError
+from dape_engine.loading import load_model
 from dape_engine.model import DapeForCausalLM, initialise
 from dape_engine.tokenizer import FILE as TOKENIZER
-from dape_engine.weights import load_model, save_model_folder
+from dape_engine.weights import save_model_folder
 from dape_kernels.dense import dense_attention
 from dape_training import checkpoint
 from dape_training.card import write_model_card

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from dape_engine.bench.models import write_random_model
+from dape_engine.loading import load_model
 from dape_engine.options import EngineOptions
 from dape_engine.request import SamplingParams
 from dape_engine.runner import ModelRunner
 from dape_engine.sampling import SamplerState
 from dape_engine.sequence import Sequence
 from dape_engine.step import Chunk
-from dape_engine.weights import load_model
 from dape_kernels.attention import BACKENDS
 from dape_kernels.bench.gpu_options import gpu_options
 from dape_kernels.triton import TritonBackend

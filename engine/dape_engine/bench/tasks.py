@@ -10,7 +10,7 @@ import torch
 from dape_engine.engine import AsyncEngine
 from dape_engine.errors import SettingsError
 from dape_engine.request import GenerationRequest, SamplingParams
-from dape_kernels.bench.machine import peak_memory
+from dape_kernels.host import peak_memory
 
 SHARED_PROMPT = 1000
 

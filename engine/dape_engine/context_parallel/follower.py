@@ -11,7 +11,7 @@ import torch
 
 from dape_engine.context_parallel.ranks import Layers, Order, Ranks
 from dape_engine.errors import DapeError
-from dape_engine.model import DapeForCausalLM
+from dape_engine.loading import ModelLoader
 from dape_engine.options import EngineOptions
 from dape_engine.runner import ModelRunner, Pass
 
@@ -24,12 +24,12 @@ def follow(
     rank: int,
     options: EngineOptions,
     max_model_len: int,
-    load: Callable[[int], DapeForCausalLM],
+    loader_of: Callable[[int], ModelLoader],
     pipe: Connection,
 ) -> None:
     """Be a rank until the other end of the pipe is closed.
 
-    The pipe first takes this rank's trouble, None if the model is there; then it gives the port of the group
+    The pipe first takes this rank's trouble, None if the model can be loaded; then it gives the port of the group
     and after that orders.
     """
     # Rank 0 decides when all stop; where it dies, the pipe ends.
@@ -38,7 +38,7 @@ def follow(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
-        model = load(rank)
+        loader = loader_of(rank)
     except DapeError as error:
         pipe.send(error.message)
         return
@@ -46,7 +46,7 @@ def follow(
     try:
         ranks = Ranks(rank, options.context_parallel_size, options.block_size)
         ranks.meet(pipe.recv())
-        runner = ModelRunner(model, options, max_model_len, ranks)
+        runner = ModelRunner(loader.open(), options, max_model_len, loader, ranks)
         passes: dict[int, Pass] = {}
         while True:
             _obey(runner, passes, pipe.recv())

@@ -12,7 +12,7 @@ from torch import distributed
 from dape_engine.context_parallel.follower import follow
 from dape_engine.context_parallel.ranks import HOST, Order, Ranks
 from dape_engine.errors import SettingsError, StepError
-from dape_engine.model import DapeForCausalLM
+from dape_engine.loading import ModelLoader
 from dape_engine.options import EngineOptions
 
 logger = logging.getLogger(__name__)
@@ -22,13 +22,13 @@ FAREWELL_SECONDS = 10
 class Leader(Ranks):
     """The process that serves, and the others, which are its children."""
 
-    def __init__(self, options: EngineOptions, max_model_len: int, load: Callable[[int], DapeForCausalLM]):
+    def __init__(self, options: EngineOptions, max_model_len: int, loader_of: Callable[[int], ModelLoader]):
         """Start the other ranks, which begin to load.
 
         Args:
             options: of the engine.
             max_model_len: the longest sequence wanted.
-            load: returns the model of a rank; can be pickled.
+            loader_of: returns what loads the model of a rank; can be pickled.
         """
         super().__init__(0, options.context_parallel_size, options.block_size)
         self._trouble: str | None = None
@@ -40,7 +40,7 @@ class Leader(Ranks):
             pipe, theirs = context.Pipe()
             process = context.Process(
                 target=follow,
-                args=(rank, options, max_model_len, load, theirs),
+                args=(rank, options, max_model_len, loader_of, theirs),
                 name=f"dape-rank-{rank}",
                 daemon=True,
             )
@@ -50,7 +50,7 @@ class Leader(Ranks):
             self._processes.append(process)
 
     def gather(self) -> None:
-        """Wait until the others have loaded, and form the group.
+        """Wait until the others have found their weights, and form the group.
 
         Raises:
             SettingsError: one of them could not load.

@@ -15,7 +15,7 @@ from dape_engine.convert.result import ImportOptions, check_target, make_config,
 from dape_engine.convert.stored import Checkpoint, merge, read_safetensors, size_of
 from dape_engine.convert.tokenizers import END_OF_TEXT, end_of_text, find_tokenizer
 from dape_engine.errors import ModelFolderError
-from dape_engine.weights import WEIGHTS, WEIGHTS_INDEX, indexed_files
+from dape_engine.tensors import WEIGHTS, WEIGHTS_INDEX, indexed_files
 
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"

@@ -7,8 +7,8 @@ import multiprocessing
 import torch
 
 from dape_kernels.attention import BACKENDS
-from dape_kernels.bench.machine import peak_memory, resident_memory
 from dape_kernels.bench.workload import Shape, attention, fill
+from dape_kernels.host import peak_memory, resident_memory
 
 
 def prefill_extra_bytes(shape: Shape, length: int) -> int:

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from dape_kernels.attention import BACKENDS
 from dape_kernels.bench.cases import Case, Setup, kernel_obstacle
-from dape_kernels.bench.machine import available_memory
 from dape_kernels.bench.probe import has_bf16, multiply_adds
 from dape_kernels.bench.timing import Measurement, Seconds, interleave, timed
 from dape_kernels.bench.workload import attention, fill, pairs
+from dape_kernels.host import available_memory
 from dape_kernels.reference import reference_attention
 
 # Bytes that the plain form has for every pair and channel at its peak.

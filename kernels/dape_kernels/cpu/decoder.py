@@ -28,6 +28,7 @@ from dape_kernels.cpu.library import (
 )
 from dape_kernels.decoder import DecoderModules, Tally
 from dape_kernels.paged import RaggedBatch
+from dape_kernels.quantized import Int8Linear, Linear
 
 OUTPUTS = 64  # that the library multiplies at a time
 LINEAR_ROWS = 192  # for which it does so
@@ -41,9 +42,8 @@ def decoder_obstacle(modules: DecoderModules) -> str | None:
         for layer in modules.layers
         for linear in (layer.query_key_value, layer.dense, layer.up, layer.down)
     ]
-    dtypes = {linear.weight.dtype for linear in linears}
-    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
-        return f"weights of {', '.join(sorted(map(str, dtypes)))}"
+    if modules.dtype not in FLOATS:
+        return f"weights of {modules.dtype}"
     odd = next((linear.in_features for linear in linears if linear.in_features % 8), None)
     return None if odd is None else f"layers with {odd} inputs, no multiple of 8"
 
@@ -61,20 +61,23 @@ class CpuDecoder:
         self._kept: list[object] = [caches]  # what the structs point to
         self._length = length
         self._cache = caches[0]
-        self._dtype = modules.layers[0].up.weight.dtype
-        layers = [
-            LayerStruct(
-                attention_norm=self._norm(layer.attention_norm),
-                mlp_norm=self._norm(layer.mlp_norm),
-                query_key_value=self._linear(layer.query_key_value),
-                dense=self._linear(layer.dense),
-                up=self._linear(layer.up),
-                down=self._linear(layer.down),
-                cache=cache.struct,
-                encoding=encoding.struct(length),
-            )
-            for layer, cache, encoding in zip(modules.layers, caches, encodings, strict=True)
-        ]
+        self._dtype = modules.dtype
+        layers = []
+        for index, (layer, cache, encoding) in enumerate(zip(modules.layers, caches, encodings, strict=True)):
+            # One layer after another, so that no other layer's weights are there beside their packed copy.
+            with modules.weights(index):
+                layers.append(
+                    LayerStruct(
+                        attention_norm=self._norm(layer.attention_norm),
+                        mlp_norm=self._norm(layer.mlp_norm),
+                        query_key_value=self._linear(layer.query_key_value),
+                        dense=self._linear(layer.dense),
+                        up=self._linear(layer.up),
+                        down=self._linear(layer.down),
+                        cache=cache.struct,
+                        encoding=encoding.struct(length),
+                    )
+                )
         self._kept += [encoding.tensors for encoding in encodings]
         self._layers = (LayerStruct * len(layers))(*layers)
         self._struct = DecoderStruct(
@@ -170,20 +173,20 @@ class CpuDecoder:
     def _norm(self, norm: nn.LayerNorm) -> NormStruct:
         return NormStruct(weight=self._keep(norm.weight.float()), bias=self._keep(norm.bias.float()))
 
-    def _linear(self, linear: nn.Linear) -> LinearStruct:
+    def _linear(self, linear: Linear) -> LinearStruct:
         packed = pack_weight(linear.weight.detach())
-        bias = None
-        if linear.bias is not None:
-            bias = self._keep(
-                functional.pad(linear.bias.detach().float(), (0, -linear.out_features % OUTPUTS))
-            )
         return LinearStruct(
             weight=self._keep(packed),
-            bias=bias,
+            scale=self._by_output(linear.scale) if isinstance(linear, Int8Linear) else None,
+            bias=None if linear.bias is None else self._by_output(linear.bias.detach()),
             inputs=linear.in_features,
             outputs=linear.out_features,
             storage=STORAGE[packed.dtype],
         )
+
+    def _by_output(self, numbers: Tensor) -> int:
+        """Keep one number for each output as floats, filled up with zeros to what is multiplied at a time."""
+        return self._keep(functional.pad(numbers.float(), (0, -len(numbers) % OUTPUTS)))
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
@@ -196,9 +199,17 @@ def pack_weight(weight: Tensor) -> Tensor:
     Float32 weights that are bfloat16 numbers, as those of most model files, are stored as such: products
     stay float32, and half as much memory is read.
     """
-    narrow = weight.bfloat16()
-    kept = narrow if torch.equal(narrow.to(weight.dtype), weight) else weight
+    kept = weight
+    if weight.dtype == torch.float32:
+        narrow = weight.bfloat16()
+        if torch.equal(narrow.float(), weight):
+            kept = narrow
     lanes = WORD // kept.dtype.itemsize
-    filled = functional.pad(kept, (0, 0, 0, -len(kept) % OUTPUTS))
-    panels: Tensor = filled.unflatten(0, (-1, PANEL)).unflatten(2, (-1, lanes))
-    return panels.transpose(1, 2).contiguous()
+    missing = -len(kept) % OUTPUTS
+    filled = functional.pad(kept, (0, 0, 0, missing)) if missing else kept.contiguous()
+    if filled.storage_offset() % lanes:  # in the middle of a word of a file
+        filled = filled.clone()
+    # Words are moved as a whole: several times as fast as their parts.
+    words = filled.view(torch.int32).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    panels: Tensor = words.view(kept.dtype).unflatten(-1, (PANEL, lanes))
+    return panels

@@ -101,6 +101,7 @@ class LinearStruct(Structure):
 
     _fields_ = (
         ("weight", c_void_p),
+        ("scale", c_void_p),
         ("bias", c_void_p),
         ("inputs", c_int64),
         ("outputs", c_int64),
