@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu_suite.sh [--dry-run] [--wheels FOLDER] [--tune] [FOLDER]
 #
-# Correctness of the GPU kernels (golden vectors, random ragged batches), one attention layer beside PyTorch and
-# xformers, what a decode step costs beside its graph, and the whole engine. JSON and logs go to FOLDER (default:
+# Correctness of the GPU kernels (golden vectors, random ragged batches, gradients), one attention layer beside PyTorch
+# and xformers, one of training, what a decode step costs beside its graph, and the whole engine. JSON and logs go to FOLDER (default:
 # $OUT, else benchmarks/results/gpu); the terminal gets a few lines of each. Exit code 1 if a part has failed.
 # --wheels installs what the machine lacks from a folder; --tune looks for better tile sizes at the end, outside
 # the ten minutes; --dry-run goes the same way on a CPU, at sizes that mean nothing.
@@ -41,23 +41,25 @@ part() { # name, seconds, command...: run it, keep its output, show the end of i
 }
 dape() { echo "from dape_server.cli import main; main()"; }
 
-TESTS="tests/test_golden.py tests/test_triton_attention.py tests/test_graphs.py tests/test_xformers.py"
+TESTS="tests/test_golden.py tests/test_triton_attention.py tests/test_triton_training.py tests/test_graphs.py tests/test_xformers.py"
 if [ -n "$DRY" ]; then
     part checks 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_golden.py -k "output and triton and h4-kerple-v1-d32 and float32"
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$FOLDER/device.txt"
     # shellcheck disable=SC2086
-    part checks 240 "$PYTHON" -m pytest -q -p no:cacheprovider -n 12 -m "not slow" -k "triton or graphs or xformers" $TESTS
+    part checks 220 "$PYTHON" -m pytest -q -p no:cacheprovider -n 12 -m "not slow" -k "triton or graphs or xformers" $TESTS
 fi
 # shellcheck disable=SC2086
-part kernels 150 "$PYTHON" -m dape_kernels.bench.gpu $DRY --json "$FOLDER/kernels.json"
+part kernels 130 "$PYTHON" -m dape_kernels.bench.gpu $DRY --json "$FOLDER/kernels.json"
 # shellcheck disable=SC2086
-part graph_steps 60 "$PYTHON" -m dape_engine.bench.graph_steps $DRY --json "$FOLDER/graph_steps.json"
+part training 60 "$PYTHON" -m dape_kernels.bench.gpu_training $DRY --json "$FOLDER/training.json"
+# shellcheck disable=SC2086
+part graph_steps 50 "$PYTHON" -m dape_engine.bench.graph_steps $DRY --json "$FOLDER/graph_steps.json"
 if [ -n "$DRY" ]; then
     part engine 120 "$PYTHON" -c "$(dape)" bench engine small --device cpu --json "$FOLDER/engine.json" \
         --lengths 20 --contexts 20 --streams 2 --tokens 4 --repeats 1
 else
-    part engine 140 "$PYTHON" -c "$(dape)" bench engine 125m --device cuda --dtype bfloat16 --max-num-seqs 64 \
+    part engine 130 "$PYTHON" -c "$(dape)" bench engine 125m --device cuda --dtype bfloat16 --max-num-seqs 64 \
         --max-num-batched-tokens 8192 --json "$FOLDER/engine.json" \
         --lengths 1024,16384 --contexts 1024 --streams 1,64 --repeats 2
 fi

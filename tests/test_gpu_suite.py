@@ -46,6 +46,15 @@ def test_dry_run_writes_all_figures(tmp_path: Path) -> None:
         "decode_share_of_copy",
     }
     assert all(row["dape_ms"] > 0 and row["plain_ms"] > 0 for row in kernels["prefill"].values())
+    training = read(tmp_path / "training.json")
+    assert training["figures"].keys() == {
+        "training_ms",
+        "training_speedup_over_blockwise",
+        "training_speedup_over_plain",
+        "training_peak_mib",
+    }
+    ways = ("triton", "triton_forward", "blockwise", "plain", "triton_static", "sdpa")
+    assert all(row[f"{way}_ms"] > 0 for row in training["training"].values() for way in ways)
     step = read(tmp_path / "graph_steps.json")
     assert step["step_ms"] > 0
     assert step["host_ms_outside_graph"] == step["step_ms"] - step["graph_ms"]
@@ -55,29 +64,29 @@ def test_dry_run_writes_all_figures(tmp_path: Path) -> None:
 def test_a_failed_part_fails_the_suite_and_no_other(tmp_path: Path) -> None:
     result = run("benchmarks/gpu_suite.sh", "--dry-run", str(tmp_path), PYTHON="/bin/false")
     assert result.returncode == 1
-    for part in ("checks", "kernels", "graph_steps", "engine"):
+    for part in ("checks", "kernels", "training", "graph_steps", "engine"):
         assert f"== {part} FAILED (1)" in result.stdout
     assert run("benchmarks/gpu_suite.sh", "--wet-run").returncode == 2
 
 
 def test_committed_tilings_compile_for_a_gpu(tmp_path: Path) -> None:
-    """Within the registers and the shared memory of compute capability 9.0, where nothing may spill."""
+    """Within the registers and shared memory of compute capability 9.0; only backward passes may spill."""
     found = tmp_path / "compiled.json"
     script = (
         "import json, sys\n"
         "from dataclasses import asdict\n"
-        "from dape_kernels.triton.configs import Case, choose\n"
+        "from dape_kernels.triton.configs import TRAINING, Case, choose\n"
         "from dape_kernels.triton.resources import compiled\n"
-        "cases = [Case('prefill'), Case('decode')]\n"
+        "cases = [Case('prefill'), Case('decode'), *map(Case, TRAINING)]\n"
         "json.dump([asdict(compiled(c, choose((9, 0), c))) for c in cases], open(sys.argv[1], 'w'))\n"
     )
     result = run(sys.executable, "-c", script, str(found))
     assert result.returncode == 0, result.stderr
-    for resources in read(found):
-        assert resources["spilled_bytes"] == 0
+    for resources, most_spilled in zip(read(found), (0, 0, 0, 256, 512), strict=True):
+        assert resources["spilled_bytes"] <= most_spilled
         assert resources["shared_bytes"] <= 232_448
         assert resources["registers"] <= 255
-        assert 0 < resources["instructions"] < 1500
+        assert 0 < resources["instructions"] < 2000
 
 
 @pytest.mark.slow

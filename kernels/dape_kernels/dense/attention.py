@@ -1,6 +1,7 @@
 """The attention of whole sequences as one differentiable function, block by block in both directions.
 
-On CUDA devices most layers go to the kernels of `dape_kernels.triton.dense` instead; `dense_attention` chooses.
+On CUDA devices most layers go to `dape_kernels.triton.dense` instead; `dense_attention` chooses.
+
 Nothing of the size of all pairs is stored: backward computes the blocks again, but for the first ones whose
 intermediate values fit into KEPT_BYTES. Letters: H heads, B sequences, N tokens, d head size, b sequences,
 R rows and K keys of a block.

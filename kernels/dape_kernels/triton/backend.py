@@ -194,7 +194,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a device."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return INTERPRETED_CAPABILITY
-    return torch.cuda.get_devicecapability(device)
+    return torch.cuda.get_device_capability(device)
 
 
 def run(

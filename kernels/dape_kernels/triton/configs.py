@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["prefill", "decode", "forward", "backward_keys", "backward_rows"]
+TRAINING: tuple[Phase, ...] = ("forward", "backward_keys", "backward_rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,6 @@ class Tiling:
     keys: int
     warps: int
     stages: int
-    slices: int = 1
-    """Into how many programs a head's elements are cut, in training's backward passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,8 @@ HOPPER = (
     Line("decode", Tiling(1, 32, 8, 1), grouped=True),
     Line("decode", Tiling(1, 32, 8, 1), quantised=True),
     Line("decode", Tiling(1, 32, 8, 2)),
-    Line("forward", Tiling(16, 16, 8, 1)),
-    Line("backward_keys", Tiling(16, 16, 8, 1, slices=2), large=True),
+    Line("forward", Tiling(16, 16, 8, 2)),
     Line("backward_keys", Tiling(16, 16, 8, 1)),
-    Line("backward_rows", Tiling(16, 16, 8, 1, slices=2), large=True),
     Line("backward_rows", Tiling(16, 16, 8, 1)),
 )
 # 99 KiB:

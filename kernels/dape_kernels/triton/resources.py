@@ -17,7 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dape_kernels.triton.attend import attend_kernel
-from dape_kernels.triton.configs import Case, Tiling
+from dape_kernels.triton.configs import TRAINING, Case, Tiling
+from dape_kernels.triton.dense.attention import training_settings
+from dape_kernels.triton.dense.backward import keys_kernel, rows_kernel
+from dape_kernels.triton.dense.forward import forward_kernel
 from dape_kernels.triton.encoding import GROUP, TABLE, padded
 
 WARP = 32
@@ -26,6 +29,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 HEADS, GROUPED_HEADS = 12, 32
 SIZE, LARGE_SIZE = 64, 128
 WIDTH = 32
+KERNELS = {"forward": forward_kernel, "backward_keys": keys_kernel, "backward_rows": rows_kernel}
+# Tensors in the dtype of products, by their names in the kernels.
+PRODUCTS = ("query", "keys", "values", "output", "first", "second")
+TRAINING_PRODUCTS = ("key", "value", "gradient", "hidden", "grad_query", "grad_key", "grad_value")
+STRIDES = ("_stride", "_sequence", "_token", "_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class Resources:
     instructions: int
 
     def cost(self, tiling: Tiling, taps: int) -> float:
-        """Return warp instructions per (query, key) pair: the less, the faster, all else being equal."""
+        """Return warp instructions per (query, key) pair: the fewer, the faster, all else being equal."""
         halo = 2 * (taps // 2)
         return self.instructions * tiling.warps / (tiling.rows * (tiling.keys - 2 * halo))
 
@@ -47,12 +55,18 @@ def settings(case: Case, tiling: Tiling) -> dict[str, Any]:
     """Return the compile-time parameters of the kernel for a typical layer of a case."""
     heads = GROUPED_HEADS if case.grouped else HEADS
     size = LARGE_SIZE if case.large else SIZE
+    width = WIDTH if case.taps else 0
+    if case.phase in TRAINING:
+        tile = {"ROWS": tiling.rows, "KEYS": tiling.keys}
+        if case.phase == "backward_rows":
+            tile = {"LEARNS": True, "TILE": tiling.rows}
+        return training_settings(heads, size, width, keeps_scores=True, wide=case.wide) | tile
     return {
         "HEADS": heads,
         "SIZE": size,
         "DIM": padded(size),
         "GROUPS": -(-heads // GROUP),
-        "WIDTH": WIDTH if case.taps else 0,
+        "WIDTH": width,
         "TAPS": max(case.taps, 1),
         "KEEPS_SCORES": True,
         "KEEPS_BIAS": True,
@@ -71,43 +85,45 @@ def settings(case: Case, tiling: Tiling) -> dict[str, Any]:
 
 def compiled(case: Case, tiling: Tiling, capability: tuple[int, int] = (9, 0)) -> Resources:
     """Compile the kernel for a GPU of this compute capability and return what it takes."""
+    kernel = KERNELS.get(case.phase, attend_kernel)
     constants = settings(case, tiling)
     product = "fp32" if case.wide else "bf16"
-    stored = "i8" if case.quantised else product
-    floats = {"query": product, "output": product, "first": product, "second": product}
-    types = {name: f"*{kind}" for name, kind in floats.items()}
-    types |= {"keys": f"*{stored}", "values": f"*{stored}", "items": "*i32", "block_tables": "*i32"}
-    types |= {"scale": "fp32"}
-    names = attend_kernel.arg_names
+    types = dict.fromkeys(PRODUCTS, f"*{product}") | {"items": "*i32", "block_tables": "*i32"}
+    if case.phase in TRAINING:
+        types |= dict.fromkeys(TRAINING_PRODUCTS, f"*{product}")
+    elif case.quantised:
+        types |= {"keys": "*i8", "values": "*i8"}
+    types |= {"scale": "fp32"} | dict.fromkeys(("splits", "sequences", "tokens"), "i32")
+    names = kernel.arg_names
     signature = {
         name: "constexpr"
         if name in constants
-        else types.get(name, "i32" if name.endswith(("_stride", "splits")) else "*fp32")
+        else types.get(name, "i32" if name.endswith(STRIDES) else "*fp32")
         for name in names
     }
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or name.startswith("query_")
+        if signature[name].startswith("*") or (name.endswith(STRIDES) and name != "table_stride")
     }
     source = ASTSource(
-        attend_kernel,
+        kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         aligned,
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], WARP)
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
-    kernel = triton.compile(source, target=target, options=options)
+    found = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
+        Path(file.name).write_bytes(found.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", file.name)
         listing = _tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    taken = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if taken is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    shared = int(kernel.metadata.shared)
-    return Resources(int(found[1]), int(found[2]), shared, _longest_loop(listing))
+    shared = int(found.metadata.shared)
+    return Resources(int(taken[1]), int(taken[2]), shared, _longest_loop(listing))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -115,14 +131,18 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _longest_loop(listing: str) -> int:
-    """Return the instructions between a backward branch and its target, of the longest such loop."""
+    """Return the instructions of the longest loop without another inside, which jumps back to its start."""
     labels: dict[str, int] = {}
-    count = longest = 0
+    loops: list[tuple[int, int]] = []
+    count = 0
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = count
         elif re.search(r"/\*[0-9a-f]{4,}\*/\s+\S.*;", line):
             count += 1
             if (branch := re.search(r"\bBRA\b.*(\.L_\w+)", line)) and branch[1] in labels:
-                longest = max(longest, count - labels[branch[1]])
-    return longest
+                loops.append((labels[branch[1]], count))
+    innermost = [
+        end - start for start, end in loops if not any(start <= other and stop < end for other, stop in loops)
+    ]
+    return max(innermost, default=0)

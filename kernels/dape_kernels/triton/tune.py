@@ -1,8 +1,8 @@
 """Look for the best tilings, offline: `python -m dape_kernels.triton.tune [--json FILE]`.
 
 On a CUDA device the candidates are timed, on 16,384 tokens (prefill) and on 32 sequences of 16,384
-keys (decode); elsewhere they are compiled for `--capability` and ranked by instructions per pair. What is
-best goes into `configs.py` by hand.
+keys (decode), training on 2 of 4096 tokens; elsewhere they are compiled for `--capability` and ranked by
+instructions per pair. What is best goes into `configs.py` by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dape_kernels.triton.configs import Case, Tiling, choose
+from dape_kernels.triton.configs import TRAINING, Case, Tiling, choose
 from dape_kernels.triton.resources import Resources, compiled
 
 CASES = (
@@ -29,6 +29,7 @@ CASES = (
     Case("prefill", grouped=True),
     Case("decode", quantised=True),
     Case("decode", taps=3),
+    *(Case(phase, taps=taps) for phase in TRAINING for taps in (1, 0)),
 )
 SHARED_BYTES = {(9, 0): 232_448, (10, 0): 232_448}
 SMALL_SHARED_BYTES = 101_376
@@ -36,13 +37,13 @@ SMALL_SHARED_BYTES = 101_376
 
 def candidates(case: Case) -> list[Tiling]:
     """Return the tilings worth a try: those whose accumulators fit the registers."""
-    rows = (16, 32) if case.phase == "prefill" else (1,)
-    keys = (16, 32) if case.phase == "prefill" else (16, 32, 64)
+    rows = (1,) if case.phase == "decode" else (16, 32)
+    keys = (16, 32, 64) if case.phase == "decode" else (16, 32)
     halo = 4 * (case.taps // 2)
     return [
         Tiling(m, n, warps, stages)
         for m, n, warps, stages in product(rows, keys, (4, 8, 16), (1, 2, 3))
-        if m * n <= 512 and n > halo
+        if m * n <= 512 and n > halo and (case.phase != "backward_rows" or m == n)
     ]
 
 
@@ -56,10 +57,11 @@ def inspect(case: Case, tiling: Tiling, capability: tuple[int, int]) -> dict[str
 
 def time(case: Case, tiling: Tiling) -> dict[str, Any]:
     """Return the median milliseconds of a candidate on this GPU; infinite where it does not run."""
-    from dape_kernels.bench.gpu import layer_milliseconds
+    from dape_kernels.bench import gpu, gpu_training
 
+    measured = gpu_training if case.phase in TRAINING else gpu
     try:
-        cost = layer_milliseconds(case, tiling)
+        cost = measured.layer_milliseconds(case, tiling)
     except Exception as error:  # a candidate that does not compile or fit is no reason to stop
         return {
             "tiling": asdict(tiling),

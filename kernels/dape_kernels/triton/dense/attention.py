@@ -1,8 +1,8 @@
 """Training attention on CUDA devices as one differentiable function: the launches in both directions.
 
 Beside q, k, v, the output and their gradients it keeps one float32 number a row and head for the backward
-pass, which takes another and a copy of the tables' gradients for each processor. Letters: B sequences, H heads,
-G heads of a group, N tokens, d head size, D hidden width (rounded up).
+pass, which takes another and a copy of the tables' gradients for each processor. Letters: B sequences, H
+heads, G heads of a group, N tokens, d head size, D hidden width (rounded up).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dape_kernels.triton.configs import Case, Phase, Tiling, choose, roomy
 from dape_kernels.triton.encoding import GROUP, padded
 
 DELTA_ROWS = 16
+# Elements of a head that a program holds at a time, and with more than one group of heads.
+PART, GROUPED_PART = 64, 32
 # Of the backend that is asked what the kernels have in common; training has no cache.
 ANY_BLOCK = 16
 
@@ -36,6 +38,8 @@ def unsupported(encoding: Encoding, query: Tensor, *, interpreted: bool = False)
     """
     if not encoding.tabular:
         return "does not support training with CoPE, DAPE kernels or biases that are no table of the distance"
+    if query.dtype == torch.float32:
+        return "does not support training in torch.float32"
     if not roomy(capability(query.device)):
         return "does not support training on this device"
     return TritonBackend(interpreted=interpreted).unsupported(encoding, query.dtype, query.device, ANY_BLOCK)
@@ -65,6 +69,29 @@ def fused_attention(
     return output.transpose(1, 2)
 
 
+def training_settings(heads: int, size: int, width: int, *, keeps_scores: bool, wide: bool) -> dict[str, Any]:
+    """Return what of a layer is compiled into all kernels of training.
+
+    Args:
+        heads: number of heads.
+        size: of a head.
+        width: hidden width, rounded up; 0 without a network.
+        keeps_scores: whether scores are added to what the network makes of them.
+        wide: whether products are of float32 numbers.
+    """
+    groups = -(-heads // GROUP)
+    return {
+        "HEADS": heads,
+        "SIZE": size,
+        "DIM": padded(size),
+        "PART": min(padded(size), GROUPED_PART if groups > 1 else PART),
+        "GROUPS": groups,
+        "WIDTH": width,
+        "KEEPS_SCORES": keeps_scores,
+        "PRECISION": "ieee" if wide else "tf32",
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """What the launches of a layer have in common, but for the values of tensors."""
@@ -74,6 +101,12 @@ class _Layer:
     learns: bool
     """Whether gradients in the tables are wanted."""
     tilings: Mapping[Phase, Tiling]
+
+    @property
+    def programs(self) -> int:
+        """How many programs share a tile of the backward pass: groups of heads, and parts of a head."""
+        programs: int = self.settings["GROUPS"] * (self.settings["DIM"] // self.settings["PART"])
+        return programs
 
     def row_numbers(self, rows: Tensor) -> Tensor:
         """Return a new float32 tensor [B, N, GROUPS * G] for rows [B, N, H, d]."""
@@ -103,18 +136,16 @@ def _lay_out(
     """
     dape, groups = encoding.dape, -(-encoding.heads // GROUP)
     width = 0 if dape is None else padded(len(dape.hidden_bias))
-    settings = {
-        "HEADS": encoding.heads,
-        "SIZE": encoding.head_dim,
-        "DIM": padded(encoding.head_dim),
-        "GROUPS": groups,
-        "WIDTH": width,
-        "KEEPS_SCORES": dape is None or dape.keeps_scores,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-    }
+    settings = training_settings(
+        encoding.heads,
+        encoding.head_dim,
+        width,
+        keeps_scores=dape is None or dape.keeps_scores,
+        wide=query.dtype == torch.float32,
+    )
     tables = encoding.with_tables(query.shape[2], query.device).tables
     assert tables is not None
-    learns = tables.residual.requires_grad or (tables.hidden is not None and tables.hidden.requires_grad)
+    learns = any(table is not None and table.requires_grad for table in (tables.residual, tables.hidden))
     layer = _Layer(settings, encoding.scale, learns, tilings)
 
     def pad(rows: Tensor, size: int) -> Tensor:
@@ -128,7 +159,7 @@ def _lay_out(
     def by_groups(weights: Tensor) -> Tensor:
         """Lay out [H, D]."""
         rest = groups * GROUP - encoding.heads
-        return functional.pad(pad(weights, width), (0, 0, 0, rest)).unflatten(0, (groups, GROUP))
+        return functional.pad(pad(weights, width), (0, 0, 0, rest)).view(groups, GROUP, width)
 
     first, second = by_groups(dape.score_weight[..., 0].t()), by_groups(dape.out_weight[..., 0])
     return layer, (first, pad(tables.hidden.t(), width), second, residual)
@@ -212,14 +243,13 @@ def _pass_over_keys(layer: _Layer, gradient: Tensor, sources: tuple[Any, ...]) -
     sequences, tokens = gradient.shape[:2]
     tiling = layer.tiling("backward_keys", gradient)
     of_key, of_value = torch.empty_like(gradient), torch.empty_like(gradient)
-    keys_kernel[(-(-tokens // tiling.keys), layer.settings["GROUPS"] * tiling.slices, sequences)](
+    keys_kernel[(-(-tokens // tiling.keys), layer.programs, sequences)](
         *sources,
         of_key,
         of_value,
         tokens,
         layer.scale,
         **layer.settings,
-        SLICES=tiling.slices,
         ROWS=tiling.rows,
         KEYS=tiling.keys,
         num_warps=tiling.warps,
@@ -237,12 +267,12 @@ def _pass_over_rows(layer: _Layer, gradient: Tensor, sources: tuple[Any, ...]) -
     groups, width = layer.settings["GROUPS"], layer.settings["WIDTH"]
     programs = min(-(-tokens // tiling.rows) * sequences, processors(gradient.device))
     known = tokens if layer.learns else 0
+    residual: Tensor = sources[-1]  # float32, as all gradients in parameters are
     of_query = torch.empty_like(gradient)
-    numbers = {"dtype": torch.float32, "device": gradient.device}
-    of_first, of_second = torch.empty(2, programs, groups, GROUP, width, **numbers)
-    of_hidden = torch.zeros(programs, known, width, **numbers)
-    of_residual = torch.zeros(programs, groups, known, GROUP, **numbers)
-    rows_kernel[(programs, groups * tiling.slices)](
+    of_first, of_second = residual.new_empty(2, programs, groups, GROUP, width)
+    of_hidden = residual.new_zeros(programs, known, width)
+    of_residual = residual.new_zeros(programs, groups, known, GROUP)
+    rows_kernel[(programs, layer.programs)](
         *sources,
         of_query,
         of_first,
@@ -254,7 +284,6 @@ def _pass_over_rows(layer: _Layer, gradient: Tensor, sources: tuple[Any, ...]) -
         layer.scale,
         **layer.settings,
         LEARNS=layer.learns,
-        SLICES=tiling.slices,
         TILE=tiling.rows,
         num_warps=tiling.warps,
         num_stages=tiling.stages,

@@ -17,7 +17,7 @@ from dape_kernels.triton.attend import GROUP
 from dape_kernels.triton.dense.tiles import load_heads, pass_back, row_numbers, store_heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def delta_kernel(
     output,  # [B, N, H, d]
     gradient,  # [B, N, H, d]
@@ -44,7 +44,7 @@ def delta_kernel(
     tl.store(delta + sequence * tokens * (GROUPS * GROUP) + place, found, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def keys_kernel(
     query,  # inputs as of `forward_kernel`
     query_sequence,
@@ -72,35 +72,37 @@ def keys_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
+    PART: tl.constexpr,  # elements of a head whose gradients one program computes
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEEPS_SCORES: tl.constexpr,
-    SLICES: tl.constexpr,  # into which a head's elements are cut, one to a program
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Compute the gradients in a tile of keys and values: grid [tiles, GROUPS * SLICES, B]."""
-    group, slice_ = tl.program_id(1) // SLICES, tl.program_id(1) % SLICES
+    """Compute the gradients in a tile of keys and values: grid [tiles, GROUPS * DIM / PART, B]."""
+    PARTS: tl.constexpr = DIM // PART
+    group, element = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * PART
     first_key, sequence = tl.program_id(0) * KEYS, tl.program_id(2).to(tl.int64)
-    PART: tl.constexpr = DIM // SLICES
-    own, element = group * GROUP, slice_ * PART
+    own = group * GROUP
     offset = sequence * tokens * (HEADS * SIZE)
     rows = sequence * tokens * (GROUPS * GROUP)
     query += sequence * query_sequence
     key += sequence * key_sequence
     value += sequence * value_sequence
     gradient += offset
-    keys = load_heads(key, key_token, key_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
-    values = load_heads(value, value_token, value_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
+    keys = load_heads(key, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, KEYS)
+    values = load_heads(
+        value, value_token, value_head, first_key, tokens, own, element, HEADS, SIZE, PART, KEYS
+    )
     of_keys = tl.zeros((GROUP, KEYS, PART), tl.float32)
     of_values = tl.zeros((GROUP, KEYS, PART), tl.float32)
     for first_row in range(first_key // ROWS * ROWS, tokens, ROWS):
         queries = load_heads(
-            query, query_token, query_head, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+            query, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
         )
         of_output = load_heads(
-            gradient, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
+            gradient, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
         )
         weight, of_scores, _, _, _, _ = pass_back(
             queries,
@@ -131,6 +133,7 @@ def keys_kernel(
             HEADS,
             SIZE,
             DIM,
+            PART,
             GROUPS,
             WIDTH,
             KEEPS_SCORES,
@@ -138,13 +141,6 @@ def keys_kernel(
             ROWS,
             KEYS,
         )
-        if SLICES > 1:
-            queries = load_heads(
-                query, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
-            )
-            of_output = load_heads(
-                gradient, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
-            )
         weight = tl.permute(weight.to(queries.dtype), (0, 2, 1))
         of_scores = tl.permute(of_scores.to(queries.dtype), (0, 2, 1))
         of_values = tl.dot(weight, of_output, of_values, input_precision=PRECISION)
@@ -170,7 +166,7 @@ def _add_distances(table, sums, first_distance, tokens, wanted):
     tl.atomic_add(table + distance[:, None] * sums.shape[1] + column[None, :], sums, there, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tokens"])
 def rows_kernel(
     query,  # inputs as of `keys_kernel`
     query_sequence,
@@ -202,26 +198,27 @@ def rows_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
+    PART: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEEPS_SCORES: tl.constexpr,
     LEARNS: tl.constexpr,  # whether gradients in the tables are wanted
-    SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,  # M and K
 ):
-    """Compute the gradients in some tiles of queries and their parts in parameters: [programs, GROUPS * SLICES].
+    """Compute the gradients in some tiles of queries, and what these add to those in parameters.
 
-    A program takes several tiles, because its part of the tables' gradients is as large as the tables.
+    Grid [programs, GROUPS * DIM / PART]. A program takes several tiles, because its part of the gradients in
+    tables is as large as the tables.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    group, slice_ = tl.program_id(1) // SLICES, tl.program_id(1) % SLICES
-    PART: tl.constexpr = DIM // SLICES
-    own, element = group * GROUP, slice_ * PART
+    PARTS: tl.constexpr = DIM // PART
+    group, element = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * PART
+    own = group * GROUP
     tiles = tl.cdiv(tokens, TILE)
     count = tiles * sequences
-    # Slices have the same gradients in parameters, groups in the hidden table.
-    counts = slice_ == 0
+    # Parts of a head have the same gradients in parameters, groups in the hidden table.
+    counts = element == 0
     sums_residual = grad_residual + (program * GROUPS + group).to(tl.int64) * tokens * GROUP
     sums_hidden = grad_hidden + program.to(tl.int64) * tokens * WIDTH
     if WIDTH > 0:
@@ -240,10 +237,10 @@ def rows_kernel(
             gradients_of = gradient + sequence * tokens * (HEADS * SIZE)
             rows = sequence * tokens * (GROUPS * GROUP)
             queries = load_heads(
-                queries_of, query_token, query_head, first_row, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                queries_of, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, TILE
             )
             of_output = load_heads(
-                gradients_of, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                gradients_of, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, TILE
             )
             of_queries = tl.zeros((GROUP, TILE, PART), tl.float32)
             # Sums over the diagonals that the next tile of keys goes on with.
@@ -253,10 +250,20 @@ def rows_kernel(
                     carried_hidden = tl.zeros((TILE, WIDTH), tl.float32)
             for first_key in range(0, first_row + TILE, TILE):
                 keys = load_heads(
-                    keys_of, key_token, key_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                    keys_of, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, TILE
                 )
                 values = load_heads(
-                    values_of, value_token, value_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, TILE
+                    values_of,
+                    value_token,
+                    value_head,
+                    first_key,
+                    tokens,
+                    own,
+                    element,
+                    HEADS,
+                    SIZE,
+                    PART,
+                    TILE,
                 )
                 _, of_scores, channels, activated, of_hidden, of_adapted = pass_back(
                     queries,
@@ -287,6 +294,7 @@ def rows_kernel(
                     HEADS,
                     SIZE,
                     DIM,
+                    PART,
                     GROUPS,
                     WIDTH,
                     KEEPS_SCORES,
@@ -308,10 +316,6 @@ def rows_kernel(
                         sums = tl.dot(far, of_hidden, carried_hidden, input_precision=PRECISION)
                         _add_distances(sums_hidden, sums, distance, tokens, counts & (group == 0))
                         carried_hidden = tl.dot(near, of_hidden, input_precision=PRECISION)
-                if SLICES > 1:
-                    keys = load_heads(
-                        keys_of, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, TILE
-                    )
                 of_queries = tl.dot(of_scores.to(keys.dtype), keys, of_queries, input_precision=PRECISION)
             if LEARNS:
                 _add_distances(sums_residual, carried_residual, 1 - TILE, tokens, counts)

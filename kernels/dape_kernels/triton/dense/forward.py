@@ -22,7 +22,7 @@ from dape_kernels.triton.dense.tiles import (
 from dape_kernels.triton.scores import LEAKY_SLOPE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     query,  # [B, N, H, d], elements of a head adjacent
     query_sequence,  # strides
@@ -47,6 +47,7 @@ def forward_kernel(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,  # d
     DIM: tl.constexpr,  # d, rounded up to a power of two
+    PART: tl.constexpr,  # elements of other groups' heads that are loaded at a time
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,  # D, rounded up; 0 without a network
     KEEPS_SCORES: tl.constexpr,
@@ -68,7 +69,7 @@ def forward_kernel(
     for first_key in range(0, tl.minimum(first_row + ROWS, tokens), KEYS):
         keys = load_heads(key, key_token, key_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
         visible, distance = see(first_row, first_key, tokens, ROWS, KEYS)
-        scores = multiply(queries, keys, scale, PRECISION)
+        scores = multiply(queries, keys, PRECISION) * scale
         activated = scores
         if WIDTH > 0:
             before = hidden_values(
@@ -90,6 +91,7 @@ def forward_kernel(
                 HEADS,
                 SIZE,
                 DIM,
+                PART,
                 GROUPS,
                 WIDTH,
                 PRECISION,
@@ -117,9 +119,7 @@ def forward_kernel(
         fade = tl.exp2(peak - highest)
         mass = mass * fade + tl.sum(weight, 2)
         values = load_heads(value, value_token, value_head, first_key, tokens, own, 0, HEADS, SIZE, DIM, KEYS)
-        total = tl.dot(
-            weight.to(values.dtype), values, total * fade[:, :, None], input_precision=PRECISION
-        )
+        total = tl.dot(weight.to(values.dtype), values, total * fade[:, :, None], input_precision=PRECISION)
         peak = highest
     place, there = row_numbers(first_row, tokens, group, GROUPS, ROWS)
     logarithms = lse + sequence * tokens * (GROUPS * GROUP)

@@ -1,4 +1,4 @@
-"""Device code on one tile of (query, key) pairs of whole sequences: adapted scores, and the way back from them.
+"""Device code on one tile of (query, key) pairs of whole sequences: adapted scores, and the way back.
 
 Letters: G heads of a group, M rows, N keys of a tile, P = M N pairs, d head size, D hidden width.
 """
@@ -83,9 +83,43 @@ def see(first_row, first_key, tokens, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def multiply(queries, keys, scale, PRECISION: tl.constexpr):
-    """Return the scaled scores [G, M, N] of queries [G, M, d] and keys [G, N, d]."""
-    return tl.dot(queries, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * scale
+def multiply(left, right, PRECISION: tl.constexpr):
+    """Return the products [G, M, N] of rows [G, M, d] and keys [G, N, d]."""
+    return tl.dot(left, tl.permute(right, (0, 2, 1)), input_precision=PRECISION)
+
+
+@triton.jit
+def multiply_parts(
+    left,
+    left_token,
+    left_head,
+    right,
+    right_token,
+    right_head,
+    first_row,
+    first_key,
+    tokens,
+    group,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PART: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Return the products [G, M, N] of rows and keys of sequences, loaded PART elements at a time."""
+    head = group * GROUP
+    found = tl.zeros((GROUP, ROWS, KEYS), tl.float32)
+    for element in range(0, DIM, PART):
+        rows = load_heads(
+            left, left_token, left_head, first_row, tokens, head, element, HEADS, SIZE, PART, ROWS
+        )
+        keys = load_heads(
+            right, right_token, right_head, first_key, tokens, head, element, HEADS, SIZE, PART, KEYS
+        )
+        found = tl.dot(rows, tl.permute(keys, (0, 2, 1)), found, input_precision=PRECISION)
+    return found
 
 
 @triton.jit
@@ -115,6 +149,7 @@ def hidden_values(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
+    PART: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -124,19 +159,32 @@ def hidden_values(
     """Return the hidden values [P, D] before the activation."""
     unit = tl.arange(0, WIDTH)
     found = tl.load(hidden + distance[:, None] * WIDTH + unit[None, :]).to(tl.float32)
-    for other in tl.static_range(0, GROUPS):
+    weights = load_weights(first, group, WIDTH)
+    found = tl.dot(pairs_first(scores).to(weights.dtype), weights, found, input_precision=PRECISION)
+    for other in range(1, GROUPS):
         near = (group + other) % GROUPS
-        if other == 0:
-            channels = pairs_first(scores)
-        else:
-            head = near * GROUP
-            queries = load_heads(
-                query, query_token, query_head, first_row, tokens, head, 0, HEADS, SIZE, DIM, ROWS
-            )
-            keys = load_heads(key, key_token, key_head, first_key, tokens, head, 0, HEADS, SIZE, DIM, KEYS)
-            channels = pairs_first(multiply(queries, keys, scale, PRECISION))
+        near_scores = multiply_parts(
+            query,
+            query_token,
+            query_head,
+            key,
+            key_token,
+            key_head,
+            first_row,
+            first_key,
+            tokens,
+            near,
+            HEADS,
+            SIZE,
+            DIM,
+            PART,
+            PRECISION,
+            ROWS,
+            KEYS,
+        )
         weights = load_weights(first, near, WIDTH)
-        found = tl.dot(channels.to(weights.dtype), weights, found, input_precision=PRECISION)
+        channels = pairs_first(near_scores * scale).to(weights.dtype)
+        found = tl.dot(channels, weights, found, input_precision=PRECISION)
     return found
 
 
@@ -169,8 +217,7 @@ def adapted_scores(
 def weights_and_gradients(
     scores,
     activated,
-    values,
-    of_output,  # [G, M, d]
+    of_weight,
     lse,
     delta,
     second,
@@ -187,7 +234,7 @@ def weights_and_gradients(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Return the attention weights [G, M, N] of a group and the gradients in its adapted scores."""
+    """Return the weights [G, M, N] of a group, and by their gradients those in its adapted scores."""
     adapted = adapted_scores(
         scores,
         activated,
@@ -206,17 +253,16 @@ def weights_and_gradients(
     logarithm = tl.load(lse + place, mask=there, other=0.0) * LOG2_E
     weight = tl.exp2(adapted * LOG2_E - logarithm[:, :, None])
     weight = tl.where(visible[None, :, :], weight, 0.0)
-    of_weight = tl.dot(of_output, tl.permute(values, (0, 2, 1)), input_precision=PRECISION)
     return weight, weight * (of_weight - tl.load(delta + place, mask=there, other=0.0)[:, :, None])
 
 
 @triton.jit
 def pass_back(
-    queries,  # of the group, [G, M, d]
-    keys,  # [G, N, d]
+    queries,  # of the group, [G, M, PART]
+    keys,  # [G, N, PART]
     values,
     of_output,
-    query,  # of the sequence, where other groups are loaded from
+    query,  # of the sequence, where other groups and other parts are loaded from
     query_token,
     query_head,
     key,
@@ -240,6 +286,7 @@ def pass_back(
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
+    PART: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     KEEPS_SCORES: tl.constexpr,
@@ -254,9 +301,31 @@ def pass_back(
         activated hidden values [P, D], gradients in hidden values [P, D] and in adapted scores [P, G], in the
         dtype of products (without a network only the last one means anything).
     """
-    visible, distance = see(first_row, first_key, tokens, ROWS, KEYS)
-    scores = multiply(queries, keys, scale, PRECISION)
     DTYPE: tl.constexpr = queries.dtype
+    visible, distance = see(first_row, first_key, tokens, ROWS, KEYS)
+    if PART == DIM:
+        scores = multiply(queries, keys, PRECISION)
+    else:
+        scores = multiply_parts(
+            query,
+            query_token,
+            query_head,
+            key,
+            key_token,
+            key_head,
+            first_row,
+            first_key,
+            tokens,
+            group,
+            HEADS,
+            SIZE,
+            DIM,
+            PART,
+            PRECISION,
+            ROWS,
+            KEYS,
+        )
+    scores *= scale
     activated = scores
     if WIDTH > 0:
         before = hidden_values(
@@ -278,6 +347,7 @@ def pass_back(
             HEADS,
             SIZE,
             DIM,
+            PART,
             GROUPS,
             WIDTH,
             PRECISION,
@@ -285,11 +355,32 @@ def pass_back(
             KEYS,
         )
         activated = tl.maximum(before, before * LEAKY_SLOPE).to(DTYPE)
+    if PART == DIM:
+        of_weight = multiply(of_output, values, PRECISION)
+    else:
+        of_weight = multiply_parts(
+            gradient,
+            HEADS * SIZE,
+            SIZE,
+            value,
+            value_token,
+            value_head,
+            first_row,
+            first_key,
+            tokens,
+            group,
+            HEADS,
+            SIZE,
+            DIM,
+            PART,
+            PRECISION,
+            ROWS,
+            KEYS,
+        )
     weight, of_adapted = weights_and_gradients(
         scores,
         activated,
-        values,
-        of_output,
+        of_weight,
         lse,
         delta,
         second,
@@ -309,29 +400,51 @@ def pass_back(
     channels, of_pairs = pairs_first(scores).to(DTYPE), pairs_first(of_adapted).to(DTYPE)
     of_scores, of_hidden = of_adapted, channels
     if WIDTH > 0:
-        of_activated = tl.dot(
-            of_pairs, load_weights(second, group, WIDTH), input_precision=PRECISION
-        )
-        for other in tl.static_range(1, GROUPS):
+        of_activated = tl.dot(of_pairs, load_weights(second, group, WIDTH), input_precision=PRECISION)
+        for other in range(1, GROUPS):
             near = (group + other) % GROUPS
-            head = near * GROUP
-            near_queries = load_heads(
-                query, query_token, query_head, first_row, tokens, head, 0, HEADS, SIZE, DIM, ROWS
+            near_scores = multiply_parts(
+                query,
+                query_token,
+                query_head,
+                key,
+                key_token,
+                key_head,
+                first_row,
+                first_key,
+                tokens,
+                near,
+                HEADS,
+                SIZE,
+                DIM,
+                PART,
+                PRECISION,
+                ROWS,
+                KEYS,
             )
-            near_keys = load_heads(
-                key, key_token, key_head, first_key, tokens, head, 0, HEADS, SIZE, DIM, KEYS
-            )
-            near_values = load_heads(
-                value, value_token, value_head, first_key, tokens, head, 0, HEADS, SIZE, DIM, KEYS
-            )
-            near_of_output = load_heads(
-                gradient, HEADS * SIZE, SIZE, first_row, tokens, head, 0, HEADS, SIZE, DIM, ROWS
+            near_of_weight = multiply_parts(
+                gradient,
+                HEADS * SIZE,
+                SIZE,
+                value,
+                value_token,
+                value_head,
+                first_row,
+                first_key,
+                tokens,
+                near,
+                HEADS,
+                SIZE,
+                DIM,
+                PART,
+                PRECISION,
+                ROWS,
+                KEYS,
             )
             _, near_of_adapted = weights_and_gradients(
-                multiply(near_queries, near_keys, scale, PRECISION),
+                near_scores * scale,
                 activated,
-                near_values,
-                near_of_output,
+                near_of_weight,
                 lse,
                 delta,
                 second,
@@ -348,17 +461,13 @@ def pass_back(
                 ROWS,
                 KEYS,
             )
-            of_activated = tl.dot(
-                pairs_first(near_of_adapted).to(DTYPE),
-                load_weights(second, near, WIDTH),
-                of_activated,
-                input_precision=PRECISION,
-            )
+            near_of_pairs = pairs_first(near_of_adapted).to(DTYPE)
+            weights = load_weights(second, near, WIDTH)
+            of_activated = tl.dot(near_of_pairs, weights, of_activated, input_precision=PRECISION)
         # The sign of the activated value is that of its input.
         of_hidden = tl.where(activated > 0, of_activated, of_activated * LEAKY_SLOPE).to(DTYPE)
-        of_channels = tl.dot(
-            of_hidden, tl.trans(load_weights(first, group, WIDTH)), input_precision=PRECISION
-        )
+        weights = tl.trans(load_weights(first, group, WIDTH))
+        of_channels = tl.dot(of_hidden, weights, input_precision=PRECISION)
         of_scores = heads_first(of_channels, ROWS, KEYS)
         if KEEPS_SCORES:
             of_scores += of_adapted
