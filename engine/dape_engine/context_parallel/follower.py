@@ -29,8 +29,8 @@ def follow(
 ) -> None:
     """Be a rank until the other end of the pipe is closed.
 
-    The pipe first takes this rank's trouble, None if the model can be loaded; then it gives the port of the group
-    and after that orders.
+    The pipe first takes this rank's trouble, None if the model can be loaded; then it gives the port of the
+    group and after that orders.
     """
     # Rank 0 decides when all stop; where it dies, the pipe ends.
     for number in (signal.SIGINT, signal.SIGTERM):
