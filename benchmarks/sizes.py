@@ -6,8 +6,8 @@
 A SIZE is one of configs/dape-kerple-SIZE.yaml. Weights are random: made up in memory (`--load-format dummy`),
 or with `--stored` written to a folder first and mapped from there. Activations and cache are bfloat16.
 Engines have processes of their own; those of one size take turns where they fit the memory together, and
-ratios are medians of the ratios within the rounds. Entries of the JSON file for other sizes stay. `--folder`
-only writes DIR, for `dape serve DIR --load-format dummy`.
+ratios are medians of the ratios within the rounds. Entries of the JSON file for other sizes stay.
+`--folder` only writes DIR, for `dape serve DIR --load-format dummy`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dape_engine.model import DapeForCausalLM, Layer
 from dape_engine.options import EngineOptions
 from dape_engine.tensors import POSITION, DummyTensors, StoredTensors, TensorSource
 from dape_engine.weights import load_config
+from dape_kernels.host import release_memory
 from dape_kernels.quantized import Int8Linear, quantise
 
 LAYERS = "layers."
@@ -116,6 +117,7 @@ class ModelLoader:
         self.fill(model, index, exact=False)
         yield
         model.layers[index].to("meta")
+        release_memory()
 
     def _read(self, names: Iterable[str], *, exact: bool = True) -> dict[str, Tensor]:
         """Return tensors, and scales beside quantised ones, as the model takes them."""

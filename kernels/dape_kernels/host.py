@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL, c_size_t
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -24,6 +25,16 @@ def peak_memory() -> int:
     Not `ru_maxrss`: that one begins with the size of the process that started this one.
     """
     return _kib("/proc/self/status", "VmHWM")
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library does so on demand (glibc).
+
+    It keeps what lies between allocations in use, as much as was freed there.
+    """
+    trim = getattr(CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(c_size_t(0))
 
 
 def lines_of(file: str | Path) -> list[str]:
