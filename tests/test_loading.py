@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from dape_engine.engine import AsyncEngine
-from dape_engine.errors import ModelFolderError, SettingsError
+from dape_engine.errors import ModelFolderError, NoMemoryError, SettingsError
+from dape_engine.inspection import InspectionRequest
 from dape_engine.loading import ModelLoader, load_model
 from dape_engine.model import DapeForCausalLM
 from dape_engine.options import EngineOptions
@@ -128,6 +129,18 @@ def test_what_does_not_fit_is_refused_with_its_numbers(folder: Path, monkeypatch
         AsyncEngine(folder, EngineOptions(kv_cache_memory=32 * MIB))
 
 
+async def test_an_inspection_without_room_for_its_weights_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engine_of(folder, block_size=16) as engine:
+        request = InspectionRequest("i", tokens(2, 9), 8, (0,), (0,))
+        with monkeypatch.context() as little:
+            little.setattr("dape_engine.memory.available_memory", lambda: 1 << 10)
+            with pytest.raises(NoMemoryError, match="weights again needs 0 MiB of memory, and 0 MiB are"):
+                await engine.inspect(request)
+        assert (await engine.inspect(request)).layers
+
+
 @pytest.mark.parametrize(
     ("options", "packed", "bytes_each"),
     [({}, False, 4), ({}, True, 2), ({"quantization": "int8"}, True, 1)],
@@ -155,6 +168,12 @@ def test_a_container_has_what_its_group_leaves(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "memory.max").write_text(f"{10 * MIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon {3 * MIB}\nfile {5 * MIB}\nkernel {MIB}\n")
     assert available_memory() == 6 * MIB
+
+
+def test_engines_tell_their_weights_apart(folder: Path) -> None:
+    more: list[dict[str, Any]] = [{}, {"quantization": "int8"}, {"load_format": "dummy", "dtype": "bfloat16"}]
+    names = [AsyncEngine(folder, EngineOptions(**{**SMALL, **options})).dtype_name for options in more]
+    assert names == ["float32", "float32 int8", "bfloat16 dummy"]
 
 
 def test_the_log_says_what_was_loaded(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -29,8 +29,10 @@ from dape_engine.inspection import (
     check_inspection,
 )
 from dape_engine.jobs import GenerationJob, Job, ScoreJob
-from dape_engine.loading import ModelLoader, load_model
+from dape_engine.loading import ModelLoader
 from dape_engine.loop import Observer, StepLoop
+from dape_engine.memory import check_room
+from dape_engine.model import DapeForCausalLM
 from dape_engine.options import EngineOptions
 from dape_engine.request import (
     EngineState,
@@ -72,13 +74,21 @@ class AsyncEngine(StepLoop):
         self.tokenizer = TextTokenizer.load(folder, self.config)
         device = _device(options)
         dtype = _dtype(options, self.config.dtype, device)
-        self.dtype_name = str(dtype).removeprefix("torch.")
+        special = (options.quantization, "dummy" if options.load_format == "dummy" else None)
+        self.dtype_name = " ".join(filter(None, (str(dtype).removeprefix("torch."), *special)))
         wanted = options.max_model_len or self.config.max_model_len
         if wanted > self.config.max_model_len:
             raise SettingsError(f"max_model_len: {wanted} is above the model's {self.config.max_model_len}")
         with _named_shortage(dtype, device):
             loader, runner = _load(options, wanted, partial(_loader, folder, options))
-        self._layers = LayerWeights(lambda: load_model(folder, dtype, device, options), runner)
+
+        def reload() -> DapeForCausalLM:
+            again = ModelLoader(folder, dtype, device, options)
+            if device.type == "cpu":
+                check_room(again.memory(packed=False), "reading the layers' weights again")
+            return again.load()
+
+        self._layers = LayerWeights(reload, runner)
         self.num_parameters = loader.num_parameters
         self.load_seconds = time.monotonic() - began
         logger.info(

@@ -8,6 +8,7 @@ DapeError
 ├── QueueFullError        too many requests or tokens wait                     429
 ├── DeadlineError         the request's own time limit has passed              504
 ├── EngineStoppedError    the engine is stopping or has stopped                503
+├── NoMemoryError         a request needs more memory than there is            503
 └── StepError             a step of the model failed                           500
 """
 
@@ -80,6 +81,13 @@ class EngineStoppedError(DapeError):
 
     status = 503
     code = "engine_stopped"
+
+
+class NoMemoryError(DapeError):
+    """A request needs more memory than there is now."""
+
+    status = 503
+    code = "no_memory"
 
 
 class StepError(DapeError):

@@ -92,6 +92,7 @@ class LayerWeights:
 
         Raises:
             ModelFolderError: the folder is gone or holds another model by now.
+            NoMemoryError: there is no room for them beside those in use.
         """
         if len(self._served.layers):
             return self._served

@@ -63,7 +63,8 @@ class ModelLoader:
             shared = {name: stored[place] for name, place in self._aliases.items() if place in stored}
             _check_tensors(folder, expected, stored | shared)
             dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        self._sizes: dict[str, int] = {name: expected[name].numel() for name in self._names - self._aliases.keys()}
+        own = self._names - self._aliases.keys()
+        self._sizes: dict[str, int] = {name: expected[name].numel() for name in own}
         self._dtypes: dict[str, torch.dtype] = dtypes
 
     @property

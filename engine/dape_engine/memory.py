@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dape_engine.config import ModelConfig
-from dape_engine.errors import SettingsError
+from dape_engine.errors import NoMemoryError, SettingsError
 from dape_engine.options import EngineOptions
 from dape_engine.output_layer import WORKSPACE
 from dape_kernels.host import available_memory
@@ -107,6 +107,19 @@ def check_fit(config: ModelConfig, options: EngineOptions, weights: int, cache: 
             f"the model does not fit: weights {weights // MIB} MiB, KV cache {cache // MIB} MiB and "
             f"activations {rest // MIB} MiB, and {available // MIB} MiB are available. "
             "Use dtype bfloat16 or quantization int8, or lower kv_cache_memory"
+        )
+
+
+def check_room(needed: int, what: str) -> None:
+    """Refuse what takes more bytes than the machine has left.
+
+    Raises:
+        NoMemoryError: it does.
+    """
+    available = available_memory()
+    if needed > available:
+        raise NoMemoryError(
+            f"{what} needs {needed // MIB} MiB of memory, and {available // MIB} MiB are available"
         )
 
 

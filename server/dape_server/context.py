@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     @property
     def dtype_name(self) -> str:
-        """Dtype of the weights in memory."""
+        """Dtype of the weights in memory, and whether they are quantised or made up."""
 
     @property
     def backend_name(self) -> str:
