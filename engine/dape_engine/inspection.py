@@ -21,8 +21,9 @@ from dape_engine.errors import DapeError, ModelFolderError, RequestError, StepEr
 from dape_engine.jobs import Job, deadline_error
 from dape_engine.model import DapeForCausalLM
 from dape_engine.request import BACKGROUND, RequestStats, Scheduling
-from dape_engine.runner import ChunkResult, ModelRunner
+from dape_engine.runner import ModelRunner
 from dape_engine.sequence import Sequence
+from dape_engine.step import ChunkResult
 from dape_kernels.attention import paged_attention
 from dape_kernels.paged import RaggedBatch
 from dape_kernels.reference_backend import row_scores

@@ -31,10 +31,10 @@ from dape_engine.request import (
     Window,
     WindowScores,
 )
-from dape_engine.runner import ChunkResult
 from dape_engine.sampling import SamplerState
 from dape_engine.sequence import Sequence
 from dape_engine.speculation import PromptLookup, SpeculativeConfig
+from dape_engine.step import ChunkResult
 from dape_engine.tokenizer import TextTokenizer
 
 # Windows of one scoring request that run side by side: enough to fill a batch with short ones, few

@@ -23,12 +23,12 @@ from dape_engine.inspection import InspectionJob
 from dape_engine.jobs import GenerationJob, Job, Mailbox
 from dape_engine.pacing import Pace
 from dape_engine.request import RequestStats, StepStats
-from dape_engine.runner import ChunkResult, ModelRunner, Pass
+from dape_engine.runner import ModelRunner
 from dape_engine.sampling import SamplerState
 from dape_engine.scheduler import Scheduler
 from dape_engine.sequence import Sequence
 from dape_engine.speculation import Speculator
-from dape_engine.step import Chunk, Step, pairs
+from dape_engine.step import Chunk, ChunkResult, Pass, Step, pairs
 
 logger = logging.getLogger(__name__)
 FAILED_STEPS = 3

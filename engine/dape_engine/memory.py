@@ -99,7 +99,8 @@ def check_fit(config: ModelConfig, options: EngineOptions, weights: int, cache: 
     Raises:
         SettingsError: it is not there.
     """
-    available = available_memory()
+    # Ranks share the machine.
+    available = available_memory() // options.context_parallel_size
     plan = _plan(available - weights, config, options, itemsize)
     if plan.cache < cache:
         rest = plan.workspace + plan.activations + plan.output

@@ -11,7 +11,7 @@ import logging
 from collections import abc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, islice
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dape_engine.context_parallel.ranks import Layers, Order, Ranks, Rows, spread_blocks
-from dape_engine.errors import SettingsError, StepError
+from dape_engine.errors import SettingsError
 from dape_engine.graphs import DecodeGraphs, capture_cuda
 from dape_engine.loading import ModelLoader
 from dape_engine.memory import cache_memory, check_fit
@@ -31,7 +31,7 @@ from dape_engine.sampling import SamplerState, sample
 from dape_engine.segments import SegmentCache
 from dape_engine.sequence import Sequence
 from dape_engine.speculation import verified
-from dape_engine.step import Chunk
+from dape_engine.step import Chunk, ChunkResult, Pass
 from dape_kernels.attention import paged_attention, select_backend, shard_obstacle
 from dape_kernels.decoder import Decoder
 from dape_kernels.distributed import key_parallel_attention, write_held
@@ -40,35 +40,6 @@ from dape_kernels.paged import RaggedBatch
 # Long enough that keys are split, and as many rows as a chunk beside others may have.
 WARM_CONTEXT, WARM_ROWS = 4096, 64
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class ChunkResult:
-    """What one chunk of rows gave: log-probabilities of prompt tokens, and the next tokens at its end."""
-
-    scored: list[TokenLogprob] = field(default_factory=list)
-    """The tokens that follow the chunk's rows, from the first one wanted."""
-    drawn: list[TokenLogprob] = field(default_factory=list)
-    """Where the chunk ends the sequence and it generates: those proposed tokens that were drawn as well, one
-    after another, and the next one."""
-    error: StepError | None = None
-    """What this chunk failed with, even when computed alone."""
-
-
-@dataclass(slots=True)
-class Pass:
-    """Rows on their way through the layers."""
-
-    number: int
-    """Of all passes that the runner has begun."""
-    chunks: abc.Sequence[Chunk]
-    batch: RaggedBatch
-    positions: Tensor
-    hidden: Tensor
-    """[T, h] behind the layers done so far."""
-    num_done: int
-    num_left: int
-    """Layers."""
 
 
 class ModelRunner:

@@ -1,11 +1,17 @@
-"""The work of one step, and the budget that bounds it."""
+"""The work of one step, the budget that bounds it, and what comes of it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from dape_engine.errors import StepError
+from dape_engine.request import TokenLogprob
 from dape_engine.sequence import Sequence
+from dape_kernels.paged import RaggedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,35 @@ class Step:
     """Prompt tokens of the sequences admitted for the first time in this step."""
     prefix_hits: int
     """Prompt tokens that never preempted sequences took from the prefix cache in this step."""
+
+
+@dataclass(slots=True)
+class ChunkResult:
+    """What one chunk of rows gave: log-probabilities of prompt tokens, and the next tokens at its end."""
+
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """The tokens that follow the chunk's rows, from the first one wanted."""
+    drawn: list[TokenLogprob] = field(default_factory=list)
+    """Where the chunk ends the sequence and it generates: those proposed tokens that were drawn as well, one
+    after another, and the next one."""
+    error: StepError | None = None
+    """What this chunk failed with, even when computed alone."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """Rows on their way through the layers."""
+
+    number: int
+    """Of all passes that the runner has begun."""
+    chunks: abc.Sequence[Chunk]
+    batch: RaggedBatch
+    positions: Tensor
+    hidden: Tensor
+    """[T, h] behind the layers done so far."""
+    num_done: int
+    num_left: int
+    """Layers."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from dape_engine.context_parallel.ranks import Layers, Order, Ranks
 from dape_engine.errors import DapeError
 from dape_engine.loading import ModelLoader
 from dape_engine.options import EngineOptions
-from dape_engine.runner import ModelRunner, Pass
+from dape_engine.runner import ModelRunner
+from dape_engine.step import Pass
 
 logger = logging.getLogger(__name__)
 UNFINISHED = 2
