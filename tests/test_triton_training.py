@@ -7,6 +7,7 @@ two tiles of rows, the second one partly filled.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -16,15 +17,17 @@ from dape_engine.config import DapeConfig
 from dape_engine.encoding import PositionalEncoding
 from dape_kernels.dense import blockwise_attention, dense_attention
 from dape_kernels.reference import reference_attention
-from dape_kernels.triton.configs import TRAINING, Case, Tiling, choose
+from dape_kernels.triton.configs import Case, Tiling, choose
 from dape_kernels.triton.dense.attention import fused_attention, unsupported
 from layers import LAYERS, WITH_BIAS, Layer, random_encoding, random_module, relative_error
 
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Where rounding takes a hidden value across zero, its gradient changes a hundredfold.
+ROUNDING_16 = 3e-2
 # Products of float32 numbers are for the interpreter, which has room for them.
-DTYPE, ROUNDING = (torch.float16, 1e-2) if DEVICE.type == "cuda" else (torch.float32, 5e-6)
+DTYPE, ROUNDING = (torch.float16, ROUNDING_16) if DEVICE.type == "cuda" else (torch.float32, 5e-6)
 FORMS = [
     name
     for name, layer in LAYERS.items()
@@ -117,20 +120,22 @@ def test_every_shape_in_full(heads: int, head_dim: int, width: int, tokens: int)
 
 @pytest.mark.parametrize("form", ["kerple", "kerple-v1"])
 def test_float16_products(form: str) -> None:
-    check(LAYERS[form], random_inputs(2, 21, 5, 32), dtype=torch.float16, tolerance=1e-2)
+    check(LAYERS[form], random_inputs(2, 21, 5, 32), dtype=torch.float16, tolerance=ROUNDING_16)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["alibi", "kerple-v1", "t5-v1", "nope-v1", "kerple-v1-add_residual"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (5, 32), (18, 64), (12, 80)])
 def test_bfloat16_products(form: str, heads: int, head_dim: int) -> None:
-    check(LAYERS[form], random_inputs(3, 333, heads, head_dim), dtype=torch.bfloat16, tolerance=3e-2)
+    check(
+        LAYERS[form], random_inputs(3, 333, heads, head_dim), dtype=torch.bfloat16, tolerance=2 * ROUNDING_16
+    )
 
 
 @pytest.mark.parametrize("rows", [16, 32])
-def test_tiles_of_keys_may_differ_from_those_of_rows(rows: int) -> None:
+def test_tiles_need_not_be_square(rows: int) -> None:
     tilings = {"forward": Tiling(rows, 48 - rows, 8, 1), "backward_keys": Tiling(rows, 48 - rows, 8, 1)}
-    check(LAYERS["kerple-v1"], random_inputs(1, 50, 3, 16), tilings=tilings)
+    check(LAYERS["kerple-v1"], random_inputs(1, 37, 3, 16), tilings=tilings)
 
 
 def test_what_does_not_learn_has_no_gradient_and_changes_no_other() -> None:
@@ -147,7 +152,7 @@ def test_what_does_not_learn_has_no_gradient_and_changes_no_other() -> None:
 
 
 def test_the_same_numbers_every_time() -> None:
-    inputs = tuple(x.to(DEVICE, DTYPE) for x in random_inputs(3, 40, 3, 16))
+    inputs = tuple(x.to(DEVICE, DTYPE) for x in random_inputs(3, 21, 3, 16))
     module = random_module(LAYERS["kerple-v1"], 3, 16).to(DEVICE)
     first, second = (gradients(module, inputs, fused=True)[1] for _ in range(2))  # type: ignore[arg-type]
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -221,12 +226,11 @@ def test_a_gpu_trains_with_the_kernels() -> None:
     encoding = random_module(LAYERS["kerple-v1"], 12, 64).to(DEVICE).encoding()
     taken = dense_attention(query, key, value, encoding)
     assert torch.equal(taken, fused_attention(query, key, value, encoding))
-    assert relative_error(taken, blockwise_attention(query, key, value, encoding)) < 3e-2
+    assert relative_error(taken, blockwise_attention(query, key, value, encoding)) < ROUNDING_16
 
 
-def test_rows_and_keys_of_the_pass_over_rows_are_as_many() -> None:
+def test_the_pass_over_rows_has_square_tiles() -> None:
     """Its sums along diagonals go on from one tile of keys to the next."""
-    for phase in TRAINING:
-        for wide, large, grouped in [(False, False, False), (False, True, True), (True, True, False)]:
-            tiling = choose((9, 0), Case(phase, wide, 1, large, grouped))
-            assert phase != "backward_rows" or tiling.rows == tiling.keys
+    for taps, wide, large, grouped in product((0, 1), *((False, True),) * 3):
+        tiling = choose((9, 0), Case("backward_rows", wide, taps, large, grouped))
+        assert tiling.rows == tiling.keys

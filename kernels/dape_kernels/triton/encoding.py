@@ -91,8 +91,10 @@ class PreparedEncoding:
             return
         # Twice as far, so that a growing context does not make a table for every token.
         self._length = max(length, 2 * self._length)
-        distance = torch.arange(self._length, device=self._device)
-        bias = self._encoding.static_bias(distance.cpu(), torch.zeros_like(distance).cpu())
+        # Where the parameters lie, which need not be where the kernels run.
+        tensors = self._encoding.tensors
+        distance = torch.arange(self._length, device=tensors[0].device if tensors else self._device)
+        bias = self._encoding.static_bias(distance, torch.zeros_like(distance))
         self.bias_heads = self._heads(bias.double().t() * LOG2_E)
 
     def network(self, dtype: torch.dtype) -> Network | None:
