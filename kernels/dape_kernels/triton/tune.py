@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dape_kernels.triton.configs import TRAINING, Case, Tiling, choose
+from dape_kernels.triton.configs import TRAINING, Case, Tiling, choose, roomy
 from dape_kernels.triton.resources import Resources, compiled
 
 CASES = (
@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> None:
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (major, minor)
     found = []
     for case in CASES[: options.cases]:
+        if case.phase in TRAINING and not roomy(capability):
+            continue
         tried = [
             time(case, tiling) if torch.cuda.is_available() else inspect(case, tiling, capability)
             for tiling in candidates(case)
