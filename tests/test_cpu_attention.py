@@ -372,3 +372,9 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("DAPE_CPU_ISA", "avx1024")
     with pytest.raises(ValueError, match="DAPE_CPU_ISA is 'avx1024', expected one of auto, avx512"):
         select_backend("auto", Encoding(3, 8), torch.float32, DEVICE, 16)
+
+
+@pytest.mark.usefixtures("best_cpu", "reopened")
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "STRUCTS", library.STRUCTS[::-1])
+    assert "was built from other sources" in BACKENDS["cpu"].describe()

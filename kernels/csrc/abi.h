@@ -137,6 +137,9 @@ const char* dape_isa();
 // Choose an instruction set ("auto": the best) or one build. Returns 0, or 1 if this processor or library lacks it.
 int32_t dape_set_isa(const char* name);
 
+// Bytes of the structures above, in their order: whoever calls may have been written for others.
+void dape_struct_sizes(int64_t sizes[9]);
+
 // Compute attention of all rows. Returns 0, or 1 if memory ran out.
 int32_t dape_attend(const dape::Attention* attention);
 

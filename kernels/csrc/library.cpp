@@ -14,6 +14,13 @@ DAPE_EXPORT const char* dape_isa() { return dape::build_name(); }
 
 DAPE_EXPORT int32_t dape_set_isa(const char* name) { return dape::choose_isa(name) ? 0 : 1; }
 
+DAPE_EXPORT void dape_struct_sizes(int64_t sizes[9]) {
+    const int64_t own[] = {sizeof(dape::Cache), sizeof(dape::Positional), sizeof(dape::Encoding),
+                           sizeof(dape::Attention), sizeof(dape::Linear), sizeof(dape::Tally),
+                           sizeof(dape::Norm), sizeof(dape::Layer), sizeof(dape::Decoder)};
+    for (int i = 0; i < 9; ++i) sizes[i] = own[i];
+}
+
 DAPE_EXPORT int32_t dape_attend(const dape::Attention* attention) try {
     dape::attend(*attention, dape::make_plan(*attention, attention->threads));
     return 0;

@@ -7,7 +7,7 @@ DAPE_CPU_ISA chooses among the instruction sets that it was compiled for.
 from __future__ import annotations
 
 import os
-from ctypes import CDLL, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p, sizeof
 from functools import cache
 from pathlib import Path
 
@@ -161,6 +161,20 @@ class DecoderStruct(Structure):
     )
 
 
+# In the order of abi.h.
+STRUCTS = (
+    CacheStruct,
+    PositionalStruct,
+    EncodingStruct,
+    AttentionStruct,
+    LinearStruct,
+    TallyStruct,
+    NormStruct,
+    LayerStruct,
+    DecoderStruct,
+)
+
+
 class LibraryMissingError(Exception):
     """There is no library for this machine; the message says why and how to get it."""
 
@@ -170,7 +184,7 @@ def load() -> CDLL:
     """Return the library, opened once.
 
     Raises:
-        LibraryMissingError: it was not built, or cannot be opened.
+        LibraryMissingError: it was not built, cannot be opened, or was built from other sources.
         ValueError: DAPE_CPU_ISA is wrong.
     """
     path = Path(os.environ.get("DAPE_CPU_LIBRARY") or Path(__file__).with_name("libdape_cpu.so"))
@@ -180,6 +194,8 @@ def load() -> CDLL:
         library = CDLL(str(path))
     except OSError as error:
         raise LibraryMissingError(f"{path} cannot be opened: {error}") from error
+    if _struct_sizes(library) != [sizeof(struct) for struct in STRUCTS]:
+        raise LibraryMissingError(f"{path} was built from other sources; install dape-serve again")
     library.dape_isa.restype = c_char_p
     library.dape_set_isa.argtypes = (c_char_p,)
     library.dape_attend.argtypes = (POINTER(AttentionStruct),)
@@ -235,6 +251,16 @@ def set_instruction_set(name: str) -> None:
         LibraryMissingError: see `load`.
     """
     _choose(load(), name, "instruction set")
+
+
+def _struct_sizes(library: CDLL) -> list[int] | None:
+    """Return the bytes of the structures that the library takes; None if it is too old to say."""
+    sizes = (c_int64 * len(STRUCTS))()
+    try:
+        library.dape_struct_sizes(sizes)
+    except AttributeError:
+        return None
+    return list(sizes)
 
 
 def _choose(library: CDLL, name: str, setting: str) -> None:
