@@ -117,6 +117,7 @@ class Cluster:
                     "initial_replicas": replicas.replicas,
                     "max_replicas": replicas.most,
                     "target_ongoing_requests": replicas.target_requests or options.max_num_seqs,
+                    "look_back_period_s": UPSCALE_SECONDS,
                     "upscale_delay_s": UPSCALE_SECONDS,
                     "downscale_delay_s": DOWNSCALE_SECONDS,
                 }

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import (
@@ -37,10 +37,10 @@ from dape_engine.tokenizer import TextTokenizer
 from dape_engine.weights import load_config
 from dape_server.errors import UnavailableError
 from dape_server.replicas.metrics import FrontMetrics
-from dape_server.replicas.order import Order, Refusal, Request, pack
+from dape_server.replicas.order import Order, Refusal, pack
 from dape_server.replicas.replica import Description
 from dape_server.replicas.reports import Reports
-from dape_server.replicas.resume import GenerationResume, ScoreResume
+from dape_server.replicas.resume import GenerationResume, InspectionResume, Resume, ScoreResume
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 5
@@ -51,36 +51,6 @@ PAUSE = 0.2
 """Seconds before the second attempt after the first, twice as many before the third, and so on."""
 LOST = (RayActorError, TaskCancelledError, ReplicaUnavailableError, RequestCancelledError)
 """What is raised where a replica has ended, or is ending, in the middle of a request."""
-
-
-class Resume(Protocol):
-    """One answer over all attempts."""
-
-    finished: bool
-
-    def request(self) -> Request:
-        """Return what the next attempt asks for."""
-
-    def news(self, item: Any) -> Any | None:
-        """Return what of an item the reader does not have yet."""
-
-
-class InspectionResume:
-    """An answer that comes whole."""
-
-    finished = False
-
-    def __init__(self, request: InspectionRequest):
-        self._request = request
-
-    def request(self) -> InspectionRequest:
-        """Return the request."""
-        return self._request
-
-    def news(self, item: Inspection) -> Inspection:
-        """Return the answer."""
-        self.finished = True
-        return item
 
 
 class LostError(Exception):

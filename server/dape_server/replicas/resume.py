@@ -8,11 +8,27 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any, Protocol
 
 from dape_engine.errors import StepError
+from dape_engine.inspection import Inspection, InspectionRequest
 from dape_engine.request import GenerationOutput, GenerationRequest, ScoreRequest, WindowScores
+from dape_server.replicas.order import Request
 
 SEEDS = 1 << 63
+
+
+class Resume(Protocol):
+    """One answer over all attempts."""
+
+    finished: bool
+    """Whether nothing more will come."""
+
+    def request(self) -> Request:
+        """Return what the next attempt asks for."""
+
+    def news(self, item: Any) -> Any | None:
+        """Return what of an item the reader does not have yet."""
 
 
 class GenerationResume:
@@ -100,3 +116,21 @@ class ScoreResume:
         self._request = replace(self._request, windows=tuple(later))
         self.finished = not later
         return scores
+
+
+class InspectionResume:
+    """An answer that comes whole."""
+
+    finished = False
+
+    def __init__(self, request: InspectionRequest):
+        self._request = request
+
+    def request(self) -> InspectionRequest:
+        """Return the request."""
+        return self._request
+
+    def news(self, item: Inspection) -> Inspection:
+        """Return the answer."""
+        self.finished = True
+        return item
