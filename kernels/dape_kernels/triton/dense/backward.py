@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from dape_kernels.triton.attend import GROUP
-from dape_kernels.triton.dense.tiles import load_heads, pass_back, row_numbers, store_heads
+from dape_kernels.triton.dense.gradients import pass_back
+from dape_kernels.triton.dense.tiles import load_heads, row_numbers, store_heads
 
 
 @triton.jit(do_not_specialize=["tokens"])
