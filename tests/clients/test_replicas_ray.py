@@ -7,8 +7,10 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -285,3 +287,11 @@ def test_one_metrics_page_for_all(served: Served) -> None:
         "",
         *engines,
     }
+
+
+def test_the_example(served: Served) -> None:
+    script = Path(__file__).parents[2] / "examples/replicas.py"
+    command = [sys.executable, str(script), "--base-url", served.url, "--api-key", KEY]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    assert len(re.findall(r"^the \w+, [\w ]+: \d+ of \d+ tokens were cached$", shown, re.MULTILINE)) == 9
+    assert len(re.findall(r"^replica \d: tokens read \d+, ", shown, re.MULTILINE)) == 2
