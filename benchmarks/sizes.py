@@ -4,10 +4,10 @@
     python benchmarks/sizes.py SIZE --folder DIR
 
 A SIZE is one of configs/dape-kerple-SIZE.yaml. Weights are random: made up in memory (`--load-format dummy`),
-or with `--stored` written to a folder first and mapped from there. Activations and cache are bfloat16.
-Engines have processes of their own; those of one size take turns where they fit the memory together, and
-ratios are medians of the ratios within the rounds. Entries of the JSON file for other sizes stay.
-`--folder` only writes DIR, for `dape serve DIR --load-format dummy`.
+or with `--stored` written to a folder first, mapped from there, and only started. Activations and cache are
+bfloat16. Engines have processes of their own; those of one size take turns where they fit the memory
+together, and ratios are medians of the ratios within the rounds. Entries of the JSON file for other sizes
+stay. `--folder` only writes DIR, for `dape serve DIR --load-format dummy`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from dape_engine.bench.measure import WARM_UP_SEED, WARM_UP_TOKENS, Plan, rounds
 from dape_engine.bench.process import EngineProcess
 from dape_engine.config import ModelConfig
 from dape_engine.engine import AsyncEngine
-from dape_engine.errors import DapeError
+from dape_engine.errors import DapeError, SettingsError
 from dape_engine.loading import ModelLoader, load_model
 from dape_engine.memory import DEFAULT_CPU_CACHE
 from dape_engine.options import EngineOptions
-from dape_engine.request import GenerationRequest, SamplingParams
+from dape_engine.request import GenerationRequest, SamplingParams, ScoreRequest, Window
 from dape_engine.tokenizer import FILE
 from dape_engine.weights import DEFAULT_MODEL, resolve_model, save_model_folder, save_settings
 from dape_kernels.bench.machine import machine
@@ -71,19 +71,23 @@ async def started(engine: AsyncEngine) -> dict[str, float]:
     }
 
 
-async def answers_long(engine: AsyncEngine) -> bool:
-    """Return whether a long answer comes whole, with numbers that are finite, and the same again."""
+async def long_answer(engine: AsyncEngine) -> float:
+    """Return by how much a long answer's log-probabilities, token by token, differ from those of one pass.
+
+    Raises:
+        SettingsError: it does not come whole, or they are not finite.
+    """
     prompt = tuple(1 + 7 * place % 4000 for place in range(LONG_PROMPT))
-    found = []
-    for _ in range(2):
-        sampling = SamplingParams(max_tokens=LONG_ANSWER, temperature=0, ignore_eos=True, logprobs=0)
-        request = GenerationRequest("long", prompt, sampling)
-        outputs = [output async for output in engine.generate(request)]
-        logprobs = [entry.logprob for output in outputs for entry in output.logprobs]
-        found.append([token for output in outputs for token in output.token_ids])
-        if len(found[-1]) != LONG_ANSWER or not all(map(math.isfinite, logprobs)):
-            return False
-    return found[0] == found[1]
+    sampling = SamplingParams(max_tokens=LONG_ANSWER, temperature=0, ignore_eos=True, logprobs=0)
+    outputs = [output async for output in engine.generate(GenerationRequest("long", prompt, sampling))]
+    drawn = [entry.logprob for output in outputs for entry in output.logprobs]
+    answer = tuple(token for output in outputs for token in output.token_ids)
+    window = Window(0, len(prompt + answer), len(prompt))
+    scored = [scores async for scores in engine.score(ScoreRequest("again", prompt + answer, (window,)))]
+    apart = [abs(one - other) for one, other in zip(drawn, scored[0].logprobs, strict=True)]
+    if len(answer) != LONG_ANSWER or not all(map(math.isfinite, apart)):
+        raise SettingsError(f"an answer of {LONG_ANSWER} tokens ended after {len(answer)}, or is not finite")
+    return max(apart)
 
 
 def options_of(kind: str, *, stored: bool) -> EngineOptions:
@@ -116,8 +120,11 @@ def measure(folder: Path, weights: list[str], *, stored: bool, repeats: int) -> 
         for kind in weights:
             engine = stack.enter_context(EngineProcess(folder, options_of(kind, stored=stored)))
             figures[kind] = engine.run(started)
-            engine.run(tasks.prefill, WARM_UP_TOKENS, WARM_UP_SEED)
             engines[kind] = engine
+        if stored:
+            return figures
+        for engine in engines.values():
+            engine.run(tasks.prefill, WARM_UP_TOKENS, WARM_UP_SEED)
         plan = Plan(repeats=repeats)
         prefill = rounds({kind: partial(_prefill, e, seeds) for kind, e in engines.items()}, plan)
         decode = rounds(
@@ -127,7 +134,7 @@ def measure(folder: Path, weights: list[str], *, stored: bool, repeats: int) -> 
             own = figures[kind]
             own[f"prefill_{PROMPT}_tokens_per_s"] = round(statistics.median(prefill[kind, False]), 1)
             own[f"decode_1x{CONTEXT}_tokens_per_s"] = round(statistics.median(decode[kind, False]), 2)
-            own["answers_long"] = engine.run(answers_long)
+            own[f"answer_of_{LONG_ANSWER}_logprob_difference"] = round(engine.run(long_answer), 4)
             own["peak_rss_mib"] = engine.run(tasks.memory, 0)[0] >> 20
         first, *others = weights
         for kind in others:
