@@ -114,7 +114,7 @@ ROWS = [1, 6, 7, 13, 16, 25, 49, 200]
 def test_every_build_multiplies_as_defined(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     model = random_model(SIZES)
     linear = random_linear(inputs, outputs)
-    caches = [BACKENDS["cpu"].allocate(1, 16, 4, 8, dtype, CPU) for _ in model.layers]
+    caches = [BACKENDS["cpu"].cache.allocate(1, 16, 4, 8, dtype, CPU) for _ in model.layers]
     encodings = [BACKENDS["cpu"].prepare(e.encoding(), 16, CPU) for e in model.encodings]
     modules = replace(model.decoder_modules(), output=linear, dtype=dtype)
     decoder = BACKENDS["cpu"].decoder(modules, caches, encodings, 16)
