@@ -94,6 +94,12 @@ def test_key_runs_come_first_on_every_data_set_then_the_rest_then_further_seeds(
     ]
 
 
+def test_a_run_may_have_some_of_the_data_sets(settings: dict[str, Any], corpus: Path) -> None:
+    settings["runs"]["dape"]["datasets"] = ["second"]
+    names = [job.name for job in jobs_of(settings, corpus)]
+    assert [name for name in names if "dape" in name] == ["second/dape/seed-1"]
+
+
 def test_runs_replace_nested_settings_of_the_base(settings: dict[str, Any], corpus: Path) -> None:
     settings["base"]["model"]["dape"] = {"width": 8, "form": "concat"}
     dape = jobs_of(settings, corpus, batch_size=5)[2]
@@ -191,6 +197,7 @@ def test_a_run_that_is_asked_to_stop_saves_a_checkpoint(settings: dict[str, Any]
         ({"speed": 3}, "speed: Extra inputs are not permitted"),
         ({"runs": {"a": {"label": "A", "static": "b"}}}, "runs.a.static: there is no run 'b'"),
         ({"runs": {"a": {"label": "A", "seeds": [1, 1]}}}, r"runs.a.seeds: \[1, 1\] holds a seed twice"),
+        ({"runs": {"a": {"label": "A", "datasets": ["x"]}}}, "runs.a.datasets: there is no data set 'x'"),
         ({"runs": {"a/b": {"label": "A"}}}, "runs.a/b"),
         ({"runs": {"a": {"label": "A", "model": {"position": {"kind": "x"}}}}}, "model.position.kind"),
     ],

@@ -1,8 +1,9 @@
 """Several runs from one file: which there are, in what order, and how far each is.
 
 A sweep is a base configuration, data sets, and named runs that replace settings of its model. A pass takes
-the runs in the order of the file, each on every data set; the first pass trains first seeds, the next ones
-further seeds of the runs that have them. So a sweep that is cut short holds the most important runs, whole.
+the runs in the order of the file, each on every data set of its own; the first pass trains first seeds, the
+next ones further seeds of the runs that have them. So a sweep that is cut short holds the most important
+runs, whole.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class SweepRun(BaseModel):
     model: dict[str, Any] = {}
     """Settings that replace those of the base model; nested ones replace theirs one by one."""
     seeds: Annotated[list[int], Field(min_length=1)] = [1]
+    datasets: Annotated[list[Name], Field(min_length=1)] | None = None
+    """The data sets it is trained on; by default all."""
     static: Name | None = None
     """For a DAPE run: the run it is compared with."""
 
@@ -64,6 +67,9 @@ class Sweep(BaseModel):
         for name, run in self.runs.items():
             if run.static is not None and run.static not in self.runs:
                 raise ValueError(f"runs.{name}.static: there is no run {run.static!r}")
+            for dataset in run.datasets or ():
+                if dataset not in self.datasets:
+                    raise ValueError(f"runs.{name}.datasets: there is no data set {dataset!r}")
             if len(set(run.seeds)) < len(run.seeds):
                 raise ValueError(f"runs.{name}.seeds: {run.seeds} holds a seed twice")
         return self
@@ -177,6 +183,7 @@ def plan(sweep: Sweep, out: Path, corpus: Path, overrides: dict[str, Any]) -> li
         for name, run in sweep.runs.items()
         if number < len(run.seeds)
         for dataset, data in sweep.datasets.items()
+        if run.datasets is None or dataset in run.datasets
     ]
 
 
