@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from triton.compiler import ASTSource
 
 from dape_kernels.triton.attend import attend_kernel
 from dape_kernels.triton.configs import TRAINING, Case, Tiling
-from dape_kernels.triton.dense.attention import training_settings
-from dape_kernels.triton.dense.backward import keys_kernel, rows_kernel
+from dape_kernels.triton.dense.attention import training_shape
+from dape_kernels.triton.dense.backward import Sums, keys_kernel, rows_kernel
 from dape_kernels.triton.dense.forward import forward_kernel
+from dape_kernels.triton.dense.gradients import Sources
+from dape_kernels.triton.dense.tiles import Heads, Network
 from dape_kernels.triton.encoding import GROUP, TABLE, padded
 
 WARP = 32
@@ -30,10 +33,8 @@ HEADS, GROUPED_HEADS = 12, 32
 SIZE, LARGE_SIZE = 64, 128
 WIDTH = 32
 KERNELS = {"forward": forward_kernel, "backward_keys": keys_kernel, "backward_rows": rows_kernel}
-# Tensors in the dtype of products, by their names in the kernels.
+# Tensors in the dtype of products, by their names in the kernel of serving.
 PRODUCTS = ("query", "keys", "values", "output", "first", "second")
-TRAINING_PRODUCTS = ("key", "value", "gradient", "hidden", "grad_query", "grad_key", "grad_value")
-STRIDES = ("_stride", "_sequence", "_token", "_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,8 @@ def settings(case: Case, tiling: Tiling) -> dict[str, Any]:
     size = LARGE_SIZE if case.large else SIZE
     width = WIDTH if case.taps else 0
     if case.phase in TRAINING:
-        tile = {"ROWS": tiling.rows, "KEYS": tiling.keys}
-        if case.phase == "backward_rows":
-            tile = {"LEARNS": True, "TILE": tiling.rows}
-        return training_settings(heads, size, width, keeps_scores=True, wide=case.wide) | tile
+        shape = training_shape(heads, size, width, tiling, keeps_scores=True, wide=case.wide)
+        return {"SHAPE": shape} | ({"LEARNS": True} if case.phase == "backward_rows" else {})
     return {
         "HEADS": heads,
         "SIZE": size,
@@ -87,24 +86,20 @@ def compiled(case: Case, tiling: Tiling, capability: tuple[int, int] = (9, 0)) -
     """Compile the kernel for a GPU of this compute capability and return what it takes."""
     kernel = KERNELS.get(case.phase, attend_kernel)
     constants = settings(case, tiling)
-    product = "fp32" if case.wide else "bf16"
-    types = dict.fromkeys(PRODUCTS, f"*{product}") | {"items": "*i32", "block_tables": "*i32"}
-    if case.phase in TRAINING:
-        types |= dict.fromkeys(TRAINING_PRODUCTS, f"*{product}")
-    elif case.quantised:
-        types |= {"keys": "*i8", "values": "*i8"}
-    types |= {"scale": "fp32"} | dict.fromkeys(("splits", "sequences", "tokens"), "i32")
     names = kernel.arg_names
+    types = _types(case)
     signature = {
         name: "constexpr"
         if name in constants
-        else types.get(name, "i32" if name.endswith(STRIDES) else "*fp32")
+        else types.get(name, "i32" if name.endswith("_stride") else "*fp32")
         for name in names
     }
     aligned = {
-        (place,): [["tt.divisibility", 16]]
+        path: [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or (name.endswith(STRIDES) and name != "table_stride")
+        if name not in ("table_stride", "splits", "sequences", "tokens")
+        for path, kind in _leaves((place,), signature[name])
+        if kind.startswith("*") or kind == "i32"
     }
     source = ASTSource(
         kernel,
@@ -124,6 +119,32 @@ def compiled(case: Case, tiling: Tiling, capability: tuple[int, int] = (9, 0)) -
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
     shared = int(found.metadata.shared)
     return Resources(int(taken[1]), int(taken[2]), shared, _longest_loop(listing))
+
+
+def _types(case: Case) -> dict[str, Any]:
+    """Return the types of the arguments that are neither strides nor float32 tensors, by their names."""
+    product = "*fp32" if case.wide else "*bf16"
+    types: dict[str, Any] = {"scale": "fp32"} | dict.fromkeys(("splits", "sequences", "tokens"), "i32")
+    if case.phase not in TRAINING:
+        cached = dict.fromkeys(("keys", "values"), "*i8") if case.quantised else {}
+        return types | dict.fromkeys(PRODUCTS, product) | {"items": "*i32", "block_tables": "*i32"} | cached
+    heads = Heads(product, "i32", "i32", "i32")
+    network = Network(product, product, product, "*fp32")
+    types |= dict.fromkeys(("output", "grad_query", "grad_key", "grad_value"), product)
+    types |= dict.fromkeys(("query", "key", "value"), heads)
+    types["network"] = network
+    types["sources"] = Sources(heads, heads, heads, product, "*fp32", "*fp32", network)
+    types["sums"] = Sums(*["*fp32"] * 4)
+    return types
+
+
+def _leaves(path: tuple[int, ...], kind: Any) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield the types in a nested one, with where they stand."""
+    if isinstance(kind, str):
+        yield path, kind
+    else:
+        for place, part in enumerate(kind):
+            yield from _leaves((*path, place), part)
 
 
 def _tool(name: str, *arguments: str) -> str:

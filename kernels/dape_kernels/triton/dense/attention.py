@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from dape_kernels.encoding import Encoding
 from dape_kernels.triton.backend import LARGE_HEAD, TritonBackend, capability, processors
 from dape_kernels.triton.configs import Case, Phase, Tiling, choose, roomy
 from dape_kernels.triton.encoding import GROUP, padded
+
+if TYPE_CHECKING:  # Triton may be absent
+    from dape_kernels.triton.dense.gradients import Sources
+    from dape_kernels.triton.dense.tiles import Heads, Shape
 
 DELTA_ROWS = 16
 # Elements of a head that a program holds at a time, and with more than one group of heads.
@@ -69,62 +73,78 @@ def fused_attention(
     return output.transpose(1, 2)
 
 
-def training_settings(heads: int, size: int, width: int, *, keeps_scores: bool, wide: bool) -> dict[str, Any]:
-    """Return what of a layer is compiled into all kernels of training.
+def training_shape(
+    heads: int, size: int, width: int, tiling: Tiling, *, keeps_scores: bool, wide: bool
+) -> Shape:
+    """Return what of a layer is compiled into the kernels of training.
 
     Args:
         heads: number of heads.
         size: of a head.
         width: hidden width, rounded up; 0 without a network.
+        tiling: of the launch.
         keeps_scores: whether scores are added to what the network makes of them.
         wide: whether products are of float32 numbers.
     """
-    groups = -(-heads // GROUP)
-    return {
-        "HEADS": heads,
-        "SIZE": size,
-        "DIM": padded(size),
-        "PART": min(padded(size), GROUPED_PART if groups > 1 else PART),
-        "GROUPS": groups,
-        "WIDTH": width,
-        "KEEPS_SCORES": keeps_scores,
-        "PRECISION": "ieee" if wide else "tf32",
-    }
+    from dape_kernels.triton.dense.tiles import Shape
+
+    groups, dim = -(-heads // GROUP), padded(size)
+    return Shape(
+        HEADS=heads,
+        SIZE=size,
+        DIM=dim,
+        PART=min(dim, GROUPED_PART if groups > 1 else PART),
+        GROUPS=groups,
+        WIDTH=width,
+        KEEPS_SCORES=keeps_scores,
+        PRECISION="ieee" if wide else "tf32",
+        ROWS=tiling.rows,
+        KEYS=tiling.keys,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """What the launches of a layer have in common, but for the values of tensors."""
 
-    settings: dict[str, Any]
-    scale: float
+    encoding: Encoding
+    width: int
+    """D, rounded up; 0 without a network."""
     learns: bool
     """Whether gradients in the tables are wanted."""
     tilings: Mapping[Phase, Tiling]
 
     @property
-    def programs(self) -> int:
-        """How many programs share a tile of the backward pass: groups of heads, and parts of a head."""
-        programs: int = self.settings["GROUPS"] * (self.settings["DIM"] // self.settings["PART"])
-        return programs
+    def groups(self) -> int:
+        """Groups of heads."""
+        return -(-self.encoding.heads // GROUP)
 
     def row_numbers(self, rows: Tensor) -> Tensor:
         """Return a new float32 tensor [B, N, GROUPS * G] for rows [B, N, H, d]."""
-        shape = (*rows.shape[:2], self.settings["GROUPS"] * GROUP)
+        shape = (*rows.shape[:2], self.groups * GROUP)
         return torch.empty(shape, dtype=torch.float32, device=rows.device)
 
-    def tiling(self, phase: Phase, query: Tensor) -> Tiling:
-        """Return the tiling of one kind of launch."""
-        if phase in self.tilings:
-            return self.tilings[phase]
+    def launch(self, phase: Phase, query: Tensor) -> tuple[Shape, dict[str, int]]:
+        """Return what is compiled into one kind of launch, and Triton's options for it."""
+        wide = query.dtype == torch.float32
         case = Case(
             phase,
-            wide=query.dtype == torch.float32,
-            taps=min(self.settings["WIDTH"], 1),
-            large=self.settings["SIZE"] > LARGE_HEAD,
-            grouped=self.settings["GROUPS"] > 1,
+            wide=wide,
+            taps=min(self.width, 1),
+            large=self.encoding.head_dim > LARGE_HEAD,
+            grouped=self.groups > 1,
         )
-        return choose(capability(query.device), case)
+        tiling = self.tilings.get(phase) or choose(capability(query.device), case)
+        dape = self.encoding.dape
+        shape = training_shape(
+            self.encoding.heads,
+            self.encoding.head_dim,
+            self.width,
+            tiling,
+            keeps_scores=dape is None or dape.keeps_scores,
+            wide=wide,
+        )
+        return shape, {"num_warps": tiling.warps, "num_stages": tiling.stages}
 
 
 def _lay_out(
@@ -134,19 +154,13 @@ def _lay_out(
 
     Differentiable: how gradients come back to the encoding's parameters is PyTorch's affair.
     """
-    dape, groups = encoding.dape, -(-encoding.heads // GROUP)
+    dape = encoding.dape
     width = 0 if dape is None else padded(len(dape.hidden_bias))
-    settings = training_settings(
-        encoding.heads,
-        encoding.head_dim,
-        width,
-        keeps_scores=dape is None or dape.keeps_scores,
-        wide=query.dtype == torch.float32,
-    )
     tables = encoding.with_tables(query.shape[2], query.device).tables
     assert tables is not None
     learns = any(table is not None and table.requires_grad for table in (tables.residual, tables.hidden))
-    layer = _Layer(settings, encoding.scale, learns, tilings)
+    layer = _Layer(encoding, width, learns, tilings)
+    groups = layer.groups
 
     def pad(rows: Tensor, size: int) -> Tensor:
         return functional.pad(rows.float(), (0, size - rows.shape[1])).contiguous()
@@ -181,47 +195,51 @@ class _FusedAttention(torch.autograd.Function):
         residual: Tensor,
     ) -> Tensor:
         from dape_kernels.triton.dense.forward import forward_kernel
+        from dape_kernels.triton.dense.tiles import Network
 
         rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        network = (tensor.to(query.dtype) for tensor in (first, hidden, second))
-        weights = (*network, residual)
+        dtype = query.dtype
+        network = Network(first.to(dtype), hidden.to(dtype), second.to(dtype), residual)
         sequences, tokens = query.shape[:2]
-        tiling = layer.tiling("forward", query)
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        shape, options = layer.launch("forward", query)
+        output = torch.empty(query.shape, dtype=dtype, device=query.device)
         lse = layer.row_numbers(query)
-        forward_kernel[(-(-tokens // tiling.rows), layer.settings["GROUPS"], sequences)](
-            *_strided(rows),
-            *weights,
+        forward_kernel[(-(-tokens // shape.ROWS), layer.groups, sequences)](
+            *map(_heads, rows),
+            network,
             output,
             lse,
             tokens,
-            layer.scale,
-            **layer.settings,
-            ROWS=tiling.rows,
-            KEYS=tiling.keys,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
+            layer.encoding.scale,
+            SHAPE=shape,
+            **options,
         )
-        ctx.save_for_backward(*rows, output, lse, *weights)
+        ctx.save_for_backward(*rows, output, lse, *network)
         ctx.layer = layer
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from dape_kernels.triton.dense.gradients import Sources
+        from dape_kernels.triton.dense.tiles import Network
+
         layer: _Layer = ctx.layer
-        query, key, value, output, lse, *weights = ctx.saved_tensors
+        query, key, value, output, lse, *network = ctx.saved_tensors
         gradient = gradient.contiguous()
         delta = _delta(layer, output, gradient)
-        sources = (*_strided([query, key, value]), gradient, lse, delta, *weights)
+        rows = map(_heads, (query, key, value))
+        sources = Sources._make((*rows, gradient, lse, delta, Network(*network)))
         of_key, of_value = _pass_over_keys(layer, gradient, sources)
         of_query, *of_weights = _pass_over_rows(layer, gradient, sources)
         return None, of_query, of_key, of_value, *of_weights
 
 
-def _strided(tensors: list[Tensor]) -> list[Any]:
-    """Return tensors [B, N, H, d] with their strides, as the kernels take them."""
-    return [part for tensor in tensors for part in (tensor, *tensor.stride()[:3])]
+def _heads(rows: Tensor) -> Heads:
+    """Return a tensor [B, N, H, d] as the kernels take it."""
+    from dape_kernels.triton.dense.tiles import Heads
+
+    return Heads(rows, *rows.stride()[:3])
 
 
 def _delta(layer: _Layer, output: Tensor, gradient: Tensor) -> Tensor:
@@ -230,68 +248,63 @@ def _delta(layer: _Layer, output: Tensor, gradient: Tensor) -> Tensor:
 
     sequences, tokens = output.shape[:2]
     delta = layer.row_numbers(output)
-    settings = {name: layer.settings[name] for name in ("HEADS", "SIZE", "DIM", "GROUPS")}
-    grid = (-(-tokens // DELTA_ROWS), settings["GROUPS"], sequences)
-    delta_kernel[grid](output, gradient, delta, tokens, **settings, ROWS=DELTA_ROWS)
+    shape = layer.launch("forward", output)[0]._replace(ROWS=DELTA_ROWS)
+    grid = (-(-tokens // DELTA_ROWS), layer.groups, sequences)
+    delta_kernel[grid](output, gradient, delta, tokens, SHAPE=shape)
     return delta
 
 
-def _pass_over_keys(layer: _Layer, gradient: Tensor, sources: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _pass_over_keys(layer: _Layer, gradient: Tensor, sources: Sources) -> tuple[Tensor, Tensor]:
     """Return the gradients [B, N, H, d] in k and v."""
     from dape_kernels.triton.dense.backward import keys_kernel
 
     sequences, tokens = gradient.shape[:2]
-    tiling = layer.tiling("backward_keys", gradient)
+    shape, options = layer.launch("backward_keys", gradient)
     of_key, of_value = torch.empty_like(gradient), torch.empty_like(gradient)
-    keys_kernel[(-(-tokens // tiling.keys), layer.programs, sequences)](
-        *sources,
+    keys_kernel[(-(-tokens // shape.KEYS), layer.groups * shape.DIM // shape.PART, sequences)](
+        sources,
         of_key,
         of_value,
         tokens,
-        layer.scale,
-        **layer.settings,
-        ROWS=tiling.rows,
-        KEYS=tiling.keys,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        layer.encoding.scale,
+        SHAPE=shape,
+        **options,
     )
     return of_key, of_value
 
 
-def _pass_over_rows(layer: _Layer, gradient: Tensor, sources: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+def _pass_over_rows(layer: _Layer, gradient: Tensor, sources: Sources) -> tuple[Tensor | None, ...]:
     """Return the gradients in q [B, N, H, d], and those in weights and tables as `_lay_out` lays them out."""
-    from dape_kernels.triton.dense.backward import rows_kernel
+    from dape_kernels.triton.dense.backward import Sums, rows_kernel
 
     sequences, tokens = gradient.shape[:2]
-    tiling = layer.tiling("backward_rows", gradient)
-    groups, width = layer.settings["GROUPS"], layer.settings["WIDTH"]
-    programs = min(-(-tokens // tiling.rows) * sequences, processors(gradient.device))
+    shape, options = layer.launch("backward_rows", gradient)
+    groups, width = layer.groups, layer.width
+    programs = min(-(-tokens // shape.ROWS) * sequences, processors(gradient.device))
     known = tokens if layer.learns else 0
-    residual: Tensor = sources[-1]  # float32, as all gradients in parameters are
+    residual: Tensor = sources.network.residual  # float32, as all gradients in parameters are
     of_query = torch.empty_like(gradient)
-    of_first, of_second = residual.new_empty(2, programs, groups, GROUP, width)
-    of_hidden = residual.new_zeros(programs, known, width)
-    of_residual = residual.new_zeros(programs, groups, known, GROUP)
-    rows_kernel[(programs, layer.programs)](
-        *sources,
+    sums = Sums(
+        first=residual.new_empty(programs, groups, GROUP, width),
+        hidden=residual.new_zeros(programs, known, width),
+        second=residual.new_empty(programs, groups, GROUP, width),
+        residual=residual.new_zeros(programs, groups, known, GROUP),
+    )
+    rows_kernel[(programs, groups * shape.DIM // shape.PART)](
+        sources,
         of_query,
-        of_first,
-        of_hidden,
-        of_second,
-        of_residual,
+        sums,
         sequences,
         tokens,
-        layer.scale,
-        **layer.settings,
+        layer.encoding.scale,
         LEARNS=layer.learns,
-        TILE=tiling.rows,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        SHAPE=shape,
+        **options,
     )
     return (
         of_query,
-        of_first.sum(0) if width else None,
-        of_hidden.sum(0) if width and known else None,
-        of_second.sum(0) if width else None,
-        of_residual.sum(0).transpose(0, 1).flatten(1) if known else None,
+        sums.first.sum(0) if width else None,
+        sums.hidden.sum(0) if width and known else None,
+        sums.second.sum(0) if width else None,
+        sums.residual.sum(0).transpose(0, 1).flatten(1) if known else None,
     )

@@ -10,12 +10,14 @@ a tile, P = M K pairs.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from dape_kernels.triton.attend import GROUP
-from dape_kernels.triton.dense.gradients import pass_back
-from dape_kernels.triton.dense.tiles import load_heads, row_numbers, store_heads
+from dape_kernels.triton.dense.gradients import of_sources, pass_back
+from dape_kernels.triton.dense.tiles import Tile, contiguous, load_heads, row_numbers, store_heads
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -24,130 +26,57 @@ def delta_kernel(
     gradient,  # [B, N, H, d]
     delta,  # float32 [B, N, GROUPS * G]
     tokens,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Sum the products of outputs and their gradients over each head: grid [tiles, GROUPS, B]."""
+    ROWS: tl.constexpr = SHAPE.ROWS
     first_row, group, sequence = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    offset = sequence * tokens * (HEADS * SIZE)
-    own = group * GROUP
-    outputs = load_heads(
-        output + offset, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
-    )
-    gradients = load_heads(
-        gradient + offset, HEADS * SIZE, SIZE, first_row, tokens, own, 0, HEADS, SIZE, DIM, ROWS
-    )
-    place, there = row_numbers(first_row, tokens, group, GROUPS, ROWS)
+    outputs_of = contiguous(output, sequence, tokens, SHAPE)
+    gradients_of = contiguous(gradient, sequence, tokens, SHAPE)
+    outputs = load_heads(outputs_of, first_row, tokens, group * GROUP, 0, SHAPE, ROWS, SHAPE.DIM)
+    gradients = load_heads(gradients_of, first_row, tokens, group * GROUP, 0, SHAPE, ROWS, SHAPE.DIM)
+    place, there = row_numbers(first_row, tokens, group, SHAPE)
     found = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 2)
-    tl.store(delta + sequence * tokens * (GROUPS * GROUP) + place, found, mask=there)
+    tl.store(delta + sequence * tokens * (SHAPE.GROUPS * GROUP) + place, found, mask=there)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def keys_kernel(
-    query,  # inputs as of `forward_kernel`
-    query_sequence,
-    query_token,
-    query_head,
-    key,
-    key_sequence,
-    key_token,
-    key_head,
-    value,
-    value_sequence,
-    value_token,
-    value_head,
-    gradient,  # [B, N, H, d], in the output
-    lse,
-    delta,
-    first,
-    hidden,
-    second,
-    residual,
+    sources,  # `Sources`
     grad_key,  # [B, N, H, d]
     grad_value,
     tokens,
     scale,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    PART: tl.constexpr,  # elements of a head whose gradients one program computes
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEEPS_SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Compute the gradients in a tile of keys and values: grid [tiles, GROUPS * DIM / PART, B]."""
-    PARTS: tl.constexpr = DIM // PART
+    ROWS: tl.constexpr = SHAPE.ROWS
+    KEYS: tl.constexpr = SHAPE.KEYS
+    PART: tl.constexpr = SHAPE.PART
+    PARTS: tl.constexpr = SHAPE.DIM // PART
     group, element = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * PART
     first_key, sequence = tl.program_id(0) * KEYS, tl.program_id(2).to(tl.int64)
     own = group * GROUP
-    offset = sequence * tokens * (HEADS * SIZE)
-    rows = sequence * tokens * (GROUPS * GROUP)
-    query += sequence * query_sequence
-    key += sequence * key_sequence
-    value += sequence * value_sequence
-    gradient += offset
-    keys = load_heads(key, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, KEYS)
-    values = load_heads(
-        value, value_token, value_head, first_key, tokens, own, element, HEADS, SIZE, PART, KEYS
-    )
+    sources = of_sources(sources, sequence, tokens, SHAPE)
+    keys = load_heads(sources.key, first_key, tokens, own, element, SHAPE, KEYS, PART)
+    values = load_heads(sources.value, first_key, tokens, own, element, SHAPE, KEYS, PART)
     of_keys = tl.zeros((GROUP, KEYS, PART), tl.float32)
     of_values = tl.zeros((GROUP, KEYS, PART), tl.float32)
     for first_row in range(first_key // ROWS * ROWS, tokens, ROWS):
-        queries = load_heads(
-            query, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
-        )
-        of_output = load_heads(
-            gradient, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, ROWS
-        )
+        queries = load_heads(sources.query, first_row, tokens, own, element, SHAPE, ROWS, PART)
+        of_output = load_heads(sources.gradient, first_row, tokens, own, element, SHAPE, ROWS, PART)
+        tile = Tile(first_row, first_key, tokens)
         weight, of_scores, _, _, _, _ = pass_back(
-            queries,
-            keys,
-            values,
-            of_output,
-            query,
-            query_token,
-            query_head,
-            key,
-            key_token,
-            key_head,
-            value,
-            value_token,
-            value_head,
-            gradient,
-            lse + rows,
-            delta + rows,
-            first,
-            hidden,
-            second,
-            residual,
-            first_row,
-            first_key,
-            tokens,
-            group,
-            scale,
-            HEADS,
-            SIZE,
-            DIM,
-            PART,
-            GROUPS,
-            WIDTH,
-            KEEPS_SCORES,
-            PRECISION,
-            ROWS,
-            KEYS,
+            queries, keys, values, of_output, sources, tile, group, scale, SHAPE
         )
         weight = tl.permute(weight.to(queries.dtype), (0, 2, 1))
         of_scores = tl.permute(of_scores.to(queries.dtype), (0, 2, 1))
-        of_values = tl.dot(weight, of_output, of_values, input_precision=PRECISION)
-        of_keys = tl.dot(of_scores, queries, of_keys, input_precision=PRECISION)
-    store_heads(grad_key + offset, of_keys * scale, first_key, tokens, own, element, HEADS, SIZE)
-    store_heads(grad_value + offset, of_values, first_key, tokens, own, element, HEADS, SIZE)
+        of_values = tl.dot(weight, of_output, of_values, input_precision=SHAPE.PRECISION)
+        of_keys = tl.dot(of_scores, queries, of_keys, input_precision=SHAPE.PRECISION)
+    target = contiguous(grad_key, sequence, tokens, SHAPE)
+    store_heads(target, of_keys * scale, first_key, tokens, own, element, SHAPE)
+    target = contiguous(grad_value, sequence, tokens, SHAPE)
+    store_heads(target, of_values, first_key, tokens, own, element, SHAPE)
 
 
 @triton.jit
@@ -167,61 +96,50 @@ def _add_distances(table, sums, first_distance, tokens, wanted):
     tl.atomic_add(table + distance[:, None] * sums.shape[1] + column[None, :], sums, there, sem="relaxed")
 
 
+class Sums(NamedTuple):
+    """Gradients in weights and tables, float32, of each program."""
+
+    first: Any
+    """[programs, GROUPS, G, D]."""
+    hidden: Any
+    """[programs, N, D], zero at first."""
+    second: Any
+    """[programs, GROUPS, G, D]."""
+    residual: Any
+    """[programs, GROUPS, N, G], zero at first."""
+
+
 @triton.jit(do_not_specialize=["sequences", "tokens"])
 def rows_kernel(
-    query,  # inputs as of `keys_kernel`
-    query_sequence,
-    query_token,
-    query_head,
-    key,
-    key_sequence,
-    key_token,
-    key_head,
-    value,
-    value_sequence,
-    value_token,
-    value_head,
-    gradient,
-    lse,
-    delta,
-    first,
-    hidden,
-    second,
-    residual,
+    sources,  # `Sources`
     grad_query,  # [B, N, H, d]
-    grad_first,  # float32 [programs, GROUPS, G, D]
-    grad_hidden,  # float32 [programs, N, D], zero
-    grad_second,  # float32 [programs, GROUPS, G, D]
-    grad_residual,  # float32 [programs, GROUPS, N, G], zero
+    sums,  # `Sums`
     sequences,
     tokens,
     scale,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    PART: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEEPS_SCORES: tl.constexpr,
     LEARNS: tl.constexpr,  # whether gradients in the tables are wanted
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,  # M and K
+    SHAPE: tl.constexpr,  # with tiles of as many rows as keys
 ):
     """Compute the gradients in some tiles of queries, and what these add to those in parameters.
 
     Grid [programs, GROUPS * DIM / PART]. A program takes several tiles, because its part of the gradients in
     tables is as large as the tables.
     """
+    TILE: tl.constexpr = SHAPE.ROWS
+    PART: tl.constexpr = SHAPE.PART
+    WIDTH: tl.constexpr = SHAPE.WIDTH
+    GROUPS: tl.constexpr = SHAPE.GROUPS
+    PRECISION: tl.constexpr = SHAPE.PRECISION
     program, programs = tl.program_id(0), tl.num_programs(0)
-    PARTS: tl.constexpr = DIM // PART
+    PARTS: tl.constexpr = SHAPE.DIM // PART
     group, element = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * PART
     own = group * GROUP
     tiles = tl.cdiv(tokens, TILE)
     count = tiles * sequences
     # Parts of a head have the same gradients in parameters, groups in the hidden table.
     counts = element == 0
-    sums_residual = grad_residual + (program * GROUPS + group).to(tl.int64) * tokens * GROUP
-    sums_hidden = grad_hidden + program.to(tl.int64) * tokens * WIDTH
+    sums_residual = sums.residual + (program * GROUPS + group).to(tl.int64) * tokens * GROUP
+    sums_hidden = sums.hidden + program.to(tl.int64) * tokens * WIDTH
     if WIDTH > 0:
         of_first = tl.zeros((GROUP, WIDTH), tl.float32)
         of_second = tl.zeros((GROUP, WIDTH), tl.float32)
@@ -232,17 +150,9 @@ def rows_kernel(
         if number < count:
             first_row = (tiles - 1 - number // sequences) * TILE
             sequence = (number % sequences).to(tl.int64)
-            queries_of = query + sequence * query_sequence
-            keys_of = key + sequence * key_sequence
-            values_of = value + sequence * value_sequence
-            gradients_of = gradient + sequence * tokens * (HEADS * SIZE)
-            rows = sequence * tokens * (GROUPS * GROUP)
-            queries = load_heads(
-                queries_of, query_token, query_head, first_row, tokens, own, element, HEADS, SIZE, PART, TILE
-            )
-            of_output = load_heads(
-                gradients_of, HEADS * SIZE, SIZE, first_row, tokens, own, element, HEADS, SIZE, PART, TILE
-            )
+            own_sources = of_sources(sources, sequence, tokens, SHAPE)
+            queries = load_heads(own_sources.query, first_row, tokens, own, element, SHAPE, TILE, PART)
+            of_output = load_heads(own_sources.gradient, first_row, tokens, own, element, SHAPE, TILE, PART)
             of_queries = tl.zeros((GROUP, TILE, PART), tl.float32)
             # Sums over the diagonals that the next tile of keys goes on with.
             if LEARNS:
@@ -250,58 +160,11 @@ def rows_kernel(
                 if WIDTH > 0:
                     carried_hidden = tl.zeros((TILE, WIDTH), tl.float32)
             for first_key in range(0, first_row + TILE, TILE):
-                keys = load_heads(
-                    keys_of, key_token, key_head, first_key, tokens, own, element, HEADS, SIZE, PART, TILE
-                )
-                values = load_heads(
-                    values_of,
-                    value_token,
-                    value_head,
-                    first_key,
-                    tokens,
-                    own,
-                    element,
-                    HEADS,
-                    SIZE,
-                    PART,
-                    TILE,
-                )
+                keys = load_heads(own_sources.key, first_key, tokens, own, element, SHAPE, TILE, PART)
+                values = load_heads(own_sources.value, first_key, tokens, own, element, SHAPE, TILE, PART)
+                tile = Tile(first_row, first_key, tokens)
                 _, of_scores, channels, activated, of_hidden, of_adapted = pass_back(
-                    queries,
-                    keys,
-                    values,
-                    of_output,
-                    queries_of,
-                    query_token,
-                    query_head,
-                    keys_of,
-                    key_token,
-                    key_head,
-                    values_of,
-                    value_token,
-                    value_head,
-                    gradients_of,
-                    lse + rows,
-                    delta + rows,
-                    first,
-                    hidden,
-                    second,
-                    residual,
-                    first_row,
-                    first_key,
-                    tokens,
-                    group,
-                    scale,
-                    HEADS,
-                    SIZE,
-                    DIM,
-                    PART,
-                    GROUPS,
-                    WIDTH,
-                    KEEPS_SCORES,
-                    PRECISION,
-                    TILE,
-                    TILE,
+                    queries, keys, values, of_output, own_sources, tile, group, scale, SHAPE
                 )
                 if WIDTH > 0:
                     of_first = tl.dot(tl.trans(channels), of_hidden, of_first, input_precision=PRECISION)
@@ -310,12 +173,12 @@ def rows_kernel(
                     distance = first_row - first_key + 1
                     far = _of_distances(distance, first_row, first_key, TILE, of_adapted.dtype)
                     near = _of_distances(distance - TILE, first_row, first_key, TILE, of_adapted.dtype)
-                    sums = tl.dot(far, of_adapted, carried_residual, input_precision=PRECISION)
-                    _add_distances(sums_residual, sums, distance, tokens, counts)
+                    found = tl.dot(far, of_adapted, carried_residual, input_precision=PRECISION)
+                    _add_distances(sums_residual, found, distance, tokens, counts)
                     carried_residual = tl.dot(near, of_adapted, input_precision=PRECISION)
                     if WIDTH > 0:
-                        sums = tl.dot(far, of_hidden, carried_hidden, input_precision=PRECISION)
-                        _add_distances(sums_hidden, sums, distance, tokens, counts & (group == 0))
+                        found = tl.dot(far, of_hidden, carried_hidden, input_precision=PRECISION)
+                        _add_distances(sums_hidden, found, distance, tokens, counts & (group == 0))
                         carried_hidden = tl.dot(near, of_hidden, input_precision=PRECISION)
                 of_queries = tl.dot(of_scores.to(keys.dtype), keys, of_queries, input_precision=PRECISION)
             if LEARNS:
@@ -324,10 +187,10 @@ def rows_kernel(
                     _add_distances(sums_hidden, carried_hidden, 1 - TILE, tokens, counts & (group == 0))
                 # The next tile adds to the same rows, perhaps by other threads.
                 tl.debug_barrier()
-            target = grad_query + sequence * tokens * (HEADS * SIZE)
-            store_heads(target, of_queries * scale, first_row, tokens, own, element, HEADS, SIZE)
+            target = contiguous(grad_query, sequence, tokens, SHAPE)
+            store_heads(target, of_queries * scale, first_row, tokens, own, element, SHAPE)
     if WIDTH > 0:
         head, unit = tl.arange(0, GROUP), tl.arange(0, WIDTH)
         place = (program * GROUPS + group) * (GROUP * WIDTH) + head[:, None] * WIDTH + unit[None, :]
-        tl.store(grad_first + place, of_first, mask=counts)
-        tl.store(grad_second + place, of_second, mask=counts)
+        tl.store(sums.first + place, of_first, mask=counts)
+        tl.store(sums.second + place, of_second, mask=counts)

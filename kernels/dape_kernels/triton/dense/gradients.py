@@ -5,22 +5,53 @@ Letters: G heads of a group, M rows, N keys of a tile, P = M N pairs, d head siz
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from dape_kernels.triton.attend import pairs_first
+from dape_kernels.triton.attend import GROUP, pairs_first
 from dape_kernels.triton.dense.tiles import (
     LOG2_E,
+    activate,
     adapted_scores,
+    contiguous,
     heads_first,
-    hidden_values,
     load_weights,
     multiply,
     multiply_parts,
+    of_sequence,
     row_numbers,
     see,
 )
 from dape_kernels.triton.scores import LEAKY_SLOPE
+
+
+class Sources(NamedTuple):
+    """What a sequence's gradients are made of; see `rows_kernel`."""
+
+    query: Any
+    key: Any
+    value: Any
+    gradient: Any
+    lse: Any
+    delta: Any
+    network: Any
+
+
+@triton.jit
+def of_sources(sources, sequence, tokens, SHAPE: tl.constexpr):
+    """Return the part of one sequence."""
+    rows = sequence * tokens * (SHAPE.GROUPS * GROUP)
+    return Sources(
+        of_sequence(sources.query, sequence),
+        of_sequence(sources.key, sequence),
+        of_sequence(sources.value, sequence),
+        contiguous(sources.gradient, sequence, tokens, SHAPE),
+        sources.lse + rows,
+        sources.delta + rows,
+        sources.network,
+    )
 
 
 @triton.jit
@@ -28,42 +59,21 @@ def weights_and_gradients(
     scores,
     activated,
     of_weight,
-    lse,
-    delta,
-    second,
-    residual,
+    sources,
+    tile,
     visible,
     distance,
-    first_row,
-    tokens,
     group,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEEPS_SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Return the weights [G, M, N] of a group, and by their gradients those in its adapted scores."""
-    adapted = adapted_scores(
-        scores,
-        activated,
-        second,
-        residual,
-        distance,
-        group,
-        GROUPS,
-        WIDTH,
-        KEEPS_SCORES,
-        PRECISION,
-        ROWS,
-        KEYS,
-    )
-    place, there = row_numbers(first_row, tokens, group, GROUPS, ROWS)
-    logarithm = tl.load(lse + place, mask=there, other=0.0) * LOG2_E
+    adapted = adapted_scores(scores, activated, sources.network, distance, group, SHAPE)
+    place, there = row_numbers(tile.first_row, tile.tokens, group, SHAPE)
+    logarithm = tl.load(sources.lse + place, mask=there, other=0.0) * LOG2_E
     weight = tl.exp2(adapted * LOG2_E - logarithm[:, :, None])
     weight = tl.where(visible[None, :, :], weight, 0.0)
-    return weight, weight * (of_weight - tl.load(delta + place, mask=there, other=0.0)[:, :, None])
+    delta = tl.load(sources.delta + place, mask=there, other=0.0)
+    return weight, weight * (of_weight - delta[:, :, None])
 
 
 @triton.jit
@@ -72,37 +82,11 @@ def pass_back(
     keys,  # [G, N, PART]
     values,
     of_output,
-    query,  # of the sequence, where other groups and other parts are loaded from
-    query_token,
-    query_head,
-    key,
-    key_token,
-    key_head,
-    value,
-    value_token,
-    value_head,
-    gradient,
-    lse,
-    delta,
-    first,
-    hidden,
-    second,
-    residual,
-    first_row,
-    first_key,
-    tokens,
+    sources,  # of the sequence, where other groups and other parts are loaded from
+    tile,
     group,
     scale,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    PART: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEEPS_SCORES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Go from q, k and the gradient in the output to all that gradients are made of.
 
@@ -112,173 +96,41 @@ def pass_back(
         dtype of products (without a network only the last one means anything).
     """
     DTYPE: tl.constexpr = queries.dtype
-    visible, distance = see(first_row, first_key, tokens, ROWS, KEYS)
-    if PART == DIM:
-        scores = multiply(queries, keys, PRECISION)
+    query, key, value, gradient = sources.query, sources.key, sources.value, sources.gradient
+    network = sources.network
+    visible, distance = see(tile, SHAPE)
+    if SHAPE.PART == SHAPE.DIM:
+        scores = multiply(queries, keys, SHAPE.PRECISION) * scale
+        of_weight = multiply(of_output, values, SHAPE.PRECISION)
     else:
-        scores = multiply_parts(
-            query,
-            query_token,
-            query_head,
-            key,
-            key_token,
-            key_head,
-            first_row,
-            first_key,
-            tokens,
-            group,
-            HEADS,
-            SIZE,
-            DIM,
-            PART,
-            PRECISION,
-            ROWS,
-            KEYS,
-        )
-    scores *= scale
+        scores = multiply_parts(query, key, tile, group, SHAPE) * scale
+        of_weight = multiply_parts(gradient, value, tile, group, SHAPE)
     activated = scores
-    if WIDTH > 0:
-        before = hidden_values(
-            scores,
-            query,
-            query_token,
-            query_head,
-            key,
-            key_token,
-            key_head,
-            first,
-            hidden,
-            first_row,
-            first_key,
-            distance,
-            tokens,
-            group,
-            scale,
-            HEADS,
-            SIZE,
-            DIM,
-            PART,
-            GROUPS,
-            WIDTH,
-            PRECISION,
-            ROWS,
-            KEYS,
-        )
-        activated = tl.maximum(before, before * LEAKY_SLOPE).to(DTYPE)
-    if PART == DIM:
-        of_weight = multiply(of_output, values, PRECISION)
-    else:
-        of_weight = multiply_parts(
-            gradient,
-            HEADS * SIZE,
-            SIZE,
-            value,
-            value_token,
-            value_head,
-            first_row,
-            first_key,
-            tokens,
-            group,
-            HEADS,
-            SIZE,
-            DIM,
-            PART,
-            PRECISION,
-            ROWS,
-            KEYS,
-        )
+    if SHAPE.WIDTH > 0:
+        activated = activate(scores, query, key, network, tile, distance, group, scale, SHAPE)
     weight, of_adapted = weights_and_gradients(
-        scores,
-        activated,
-        of_weight,
-        lse,
-        delta,
-        second,
-        residual,
-        visible,
-        distance,
-        first_row,
-        tokens,
-        group,
-        GROUPS,
-        WIDTH,
-        KEEPS_SCORES,
-        PRECISION,
-        ROWS,
-        KEYS,
+        scores, activated, of_weight, sources, tile, visible, distance, group, SHAPE
     )
     channels, of_pairs = pairs_first(scores).to(DTYPE), pairs_first(of_adapted).to(DTYPE)
     of_scores, of_hidden = of_adapted, channels
-    if WIDTH > 0:
-        of_activated = tl.dot(of_pairs, load_weights(second, group, WIDTH), input_precision=PRECISION)
-        for other in range(1, GROUPS):
-            near = (group + other) % GROUPS
-            near_scores = multiply_parts(
-                query,
-                query_token,
-                query_head,
-                key,
-                key_token,
-                key_head,
-                first_row,
-                first_key,
-                tokens,
-                near,
-                HEADS,
-                SIZE,
-                DIM,
-                PART,
-                PRECISION,
-                ROWS,
-                KEYS,
-            )
-            near_of_weight = multiply_parts(
-                gradient,
-                HEADS * SIZE,
-                SIZE,
-                value,
-                value_token,
-                value_head,
-                first_row,
-                first_key,
-                tokens,
-                near,
-                HEADS,
-                SIZE,
-                DIM,
-                PART,
-                PRECISION,
-                ROWS,
-                KEYS,
-            )
+    if SHAPE.WIDTH > 0:
+        weights = load_weights(network.second, group, SHAPE.WIDTH)
+        of_activated = tl.dot(of_pairs, weights, input_precision=SHAPE.PRECISION)
+        for other in range(1, SHAPE.GROUPS):
+            near = (group + other) % SHAPE.GROUPS
+            near_scores = multiply_parts(query, key, tile, near, SHAPE) * scale
+            near_of_weight = multiply_parts(gradient, value, tile, near, SHAPE)
             _, near_of_adapted = weights_and_gradients(
-                near_scores * scale,
-                activated,
-                near_of_weight,
-                lse,
-                delta,
-                second,
-                residual,
-                visible,
-                distance,
-                first_row,
-                tokens,
-                near,
-                GROUPS,
-                WIDTH,
-                KEEPS_SCORES,
-                PRECISION,
-                ROWS,
-                KEYS,
+                near_scores, activated, near_of_weight, sources, tile, visible, distance, near, SHAPE
             )
             near_of_pairs = pairs_first(near_of_adapted).to(DTYPE)
-            weights = load_weights(second, near, WIDTH)
-            of_activated = tl.dot(near_of_pairs, weights, of_activated, input_precision=PRECISION)
+            weights = load_weights(network.second, near, SHAPE.WIDTH)
+            of_activated = tl.dot(near_of_pairs, weights, of_activated, input_precision=SHAPE.PRECISION)
         # The sign of the activated value is that of its input.
         of_hidden = tl.where(activated > 0, of_activated, of_activated * LEAKY_SLOPE).to(DTYPE)
-        weights = tl.trans(load_weights(first, group, WIDTH))
-        of_channels = tl.dot(of_hidden, weights, input_precision=PRECISION)
-        of_scores = heads_first(of_channels, ROWS, KEYS)
-        if KEEPS_SCORES:
+        weights = tl.trans(load_weights(network.first, group, SHAPE.WIDTH))
+        of_channels = tl.dot(of_hidden, weights, input_precision=SHAPE.PRECISION)
+        of_scores = heads_first(of_channels, SHAPE)
+        if SHAPE.KEEPS_SCORES:
             of_scores += of_adapted
     return weight, of_scores, channels, activated, of_hidden, of_pairs
