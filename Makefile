@@ -54,7 +54,7 @@ sanitize: $(VENV)/.dev ## run the kernel tests with AddressSanitizer and UBSan
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		DAPE_CPU_LIBRARY=$(VENV)/sanitize/libdape_cpu.so \
 		$(BIN)/pytest -n 2 -s -k cpu tests/test_golden.py tests/test_paged_attention.py tests/test_cpu_attention.py \
-		tests/test_cpu_decoder.py $(ARGS)
+		tests/test_cpu_decoder.py tests/test_compiled_network.py $(ARGS)
 
 $(VENV)/.docs: $(VENV)/.serve
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dape_engine.model import DapeForCausalLM
 from dape_kernels.attention import BACKENDS
-from dape_kernels.cpu import library
 from dape_kernels.cpu.decoder import pack_weight
 from dape_kernels.decoder import Decoder
 from dape_kernels.encoding import Encoding
@@ -115,18 +114,7 @@ def random_tokens(spans: list[tuple[int, int]]) -> list[Tensor]:
     return [torch.randint(0, 211, (context,), generator=generator) for context, _ in spans]
 
 
-@pytest.fixture(params=library.BUILDS)
-def _instruction_set(request: pytest.FixtureRequest) -> Any:
-    """Every build that this machine can run."""
-    try:
-        library.set_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    library.set_instruction_set("auto")
-
-
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16 weights"])
 def test_float32_agrees_with_the_definition(spans: list[tuple[int, int]], narrow: bool) -> None:
@@ -138,7 +126,7 @@ def test_float32_agrees_with_the_definition(spans: list[tuple[int, int]], narrow
     assert relative_error(hidden, expected(model, spans, tokens)) < 3e-6
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_bfloat16_agrees_within_its_rounding(spans: list[tuple[int, int]]) -> None:
     model = make_model().bfloat16()
@@ -179,7 +167,7 @@ def test_results_do_not_depend_on_the_threads(threads: int) -> None:
     assert relative_error(hidden, expected(model, spans, tokens)) < 3e-6
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("rows", [1, 7, 16, 33])
 def test_logits(rows: int) -> None:
     model = make_model()
@@ -189,7 +177,7 @@ def test_logits(rows: int) -> None:
     assert relative_error(decoder.logits(hidden), wanted) < 1e-6
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("scale", [0.1, 30.0])
 @pytest.mark.parametrize("rows", [1, 7, 33, 192, 450])
 def test_tally(rows: int, scale: float) -> None:
@@ -209,7 +197,7 @@ def test_tally(rows: int, scale: float) -> None:
     assert bool((scores.amax(-1) <= tally.peak + 20.001).all())
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocabulary", [2, 63, 64, 65, 211, 1000])
 def test_the_likeliest_token_is_the_first_of_the_largest_logits(vocabulary: int, dtype: torch.dtype) -> None:
@@ -295,7 +283,7 @@ def test_misfits_are_refused() -> None:
         decoder.run(torch.zeros(4, 72), replace(batch, shard=KeyShard(0, 2, 4)))
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 def test_tanh_gelu_in_every_build() -> None:
     model, spans = make_model(hidden_act="gelu_tanh", position={"kind": "nope"}), SPANS["a mix"]
     with torch.no_grad():  # far out, where exponentials overflow

@@ -20,7 +20,6 @@ from dape_engine.loading import ModelLoader
 from dape_engine.options import EngineOptions
 from dape_engine.request import Window
 from dape_kernels.attention import BACKENDS
-from dape_kernels.cpu import library
 from dape_kernels.quantized import LEVELS, Int8Linear, quantise
 from dape_server.cli import main
 from engines import drawn, engine_of, generate, score, tokens
@@ -39,17 +38,6 @@ SIZES = {
     "max_model_len": 64,
     **DAPE_KERPLE,
 }
-
-
-@pytest.fixture(params=library.BUILDS)
-def _instruction_set(request: pytest.FixtureRequest) -> Any:
-    """Every build that this machine can run."""
-    try:
-        library.set_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield
-    library.set_instruction_set("auto")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +96,7 @@ ROWS = [1, 6, 7, 13, 16, 25, 49, 200]
 """On both sides of every number of rows at which the library changes its way."""
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (8, 211), (400, 64)])
 def test_every_build_multiplies_as_defined(inputs: int, outputs: int, dtype: torch.dtype) -> None:
@@ -133,7 +121,7 @@ async def texts_and_scores(folder: Path, **options: Any) -> tuple[list[int], Ten
         return drawn(await generate(engine, ids)), torch.tensor(await score(engine, ids, Window(0, 60, 1)))
 
 
-@pytest.mark.usefixtures("_instruction_set")
+@pytest.mark.usefixtures("cpu")
 async def test_the_library_and_pytorch_serve_the_same_int8_model(folder: Path) -> None:
     fused = await texts_and_scores(folder, quantization="int8", attention_backend="cpu")
     defined = await texts_and_scores(folder, quantization="int8", attention_backend="reference")

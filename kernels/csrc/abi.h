@@ -127,6 +127,30 @@ struct Decoder {
     int32_t gelu_tanh;          // whether GELU is its tanh approximation
 };
 
+// The score network of one layer on whole blocks of pairs, in training: [scores] + W2 leaky(W1 scores + hidden).
+struct Adapter {
+    const float* first;   // [D, H]
+    const float* second;  // [H, D]
+    const void* scores;   // [H, sequences, pairs]
+    const void* hidden;   // [D, pairs], the same for all sequences
+    int64_t sequences;
+    int64_t pairs;
+    int32_t heads;
+    int32_t width;
+    int32_t keeps_scores;
+    int32_t type;  // of all tensors over pairs: kFloat32 or kBfloat16
+    int32_t threads;
+};
+
+struct AdapterGradients {
+    const void* adapted;  // [H, sequences, pairs], in the result
+    void* scores;         // [H, sequences, pairs], as all further ones to be written
+    float* hidden;        // [D, pairs], summed over sequences
+    float* first;         // [parts, D, H], to be summed over parts
+    float* second;        // [parts, H, D]
+    int64_t parts;        // pieces of work that threads share
+};
+
 }  // namespace dape
 
 extern "C" {
@@ -138,7 +162,7 @@ const char* dape_isa();
 int32_t dape_set_isa(const char* name);
 
 // Bytes of the structures above, in their order: whoever calls may have been written for others.
-void dape_struct_sizes(int64_t sizes[9]);
+void dape_struct_sizes(int64_t sizes[11]);
 
 // Compute attention of all rows. Returns 0, or 1 if memory ran out.
 int32_t dape_attend(const dape::Attention* attention);
@@ -163,4 +187,9 @@ void dape_write(const dape::Cache* cache, const void* key, const void* value, in
                 int64_t value_head_stride, const int64_t* slots, int64_t rows, int32_t threads);
 // Copy keys and values of slots [n] as float32 [H, n, d].
 void dape_read(const dape::Cache* cache, const int64_t* slots, int64_t count, float* key, float* value);
+
+// The network's results [H, sequences, pairs]. Returns 0, or 1 if memory ran out.
+int32_t dape_adapt(const dape::Adapter* adapter, void* adapted);
+// Gradients by those in the results. Returns 0, or 1 if memory ran out.
+int32_t dape_adapt_backward(const dape::Adapter* adapter, const dape::AdapterGradients* gradients);
 }

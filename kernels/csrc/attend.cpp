@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "adapt.h"
 #include "cached.h"
 #include "linear.h"
 #include "network.h"
@@ -279,5 +280,6 @@ namespace dape {
 extern const Kernel DAPE_JOIN(kernel_, DAPE_ISA);
 const Kernel DAPE_JOIN(kernel_, DAPE_ISA) = {DAPE_TEXT(DAPE_ISA), DAPE_ISA::kHasBfloat16,   DAPE_ISA::scratch_bytes,
                                              DAPE_ISA::walk,      DAPE_ISA::multiply_linear, DAPE_ISA::tally_linear,
-                                             DAPE_ISA::normalise};
+                                             DAPE_ISA::normalise, DAPE_ISA::adapter_bytes,   DAPE_ISA::adapt,
+                                             DAPE_ISA::adapt_backward};
 }  // namespace dape

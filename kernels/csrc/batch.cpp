@@ -32,9 +32,22 @@ class Scratch {
     int64_t size_ = 0;
 };
 
-thread_local Scratch scratch;
+thread_local Scratch scratch, adapter_scratch;
 
 std::atomic<uint64_t> calls{0};
+
+// Call `action` with every item below `items` and with scratch memory of the adapter.
+template <class Action>
+void share_adapter(const Adapter& adapter, int64_t items, Action&& action) {
+    const int64_t bytes = kernel().adapter_bytes(adapter);
+    std::atomic<bool> failed{false};
+    share(adapter.threads, items, [&](int64_t item) {
+        void* memory = adapter_scratch.get(bytes);
+        if (memory) action(item, memory);
+        else failed = true;
+    });
+    if (failed) throw std::bad_alloc();
+}
 
 }  // namespace
 
@@ -58,6 +71,16 @@ void write(const Cache& cache, const Source& key, const Source& value, int32_t t
     share(threads, (rows + kRows - 1) / kRows, [&](int64_t item) {
         write_slots(cache, key, value, type, slots, item * kRows, std::min(rows, (item + 1) * kRows));
     });
+}
+
+void adapt(const Adapter& adapter, void* adapted) {
+    const int64_t tiles = (adapter.pairs + kAdapterPairs - 1) / kAdapterPairs;
+    share_adapter(adapter, tiles, [&](int64_t tile, void* memory) { kernel().adapt(adapter, tile, adapted, memory); });
+}
+
+void adapt_backward(const Adapter& adapter, const AdapterGradients& gradients) {
+    share_adapter(adapter, gradients.parts,
+                  [&](int64_t part, void* memory) { kernel().adapt_backward(adapter, part, gradients, memory); });
 }
 
 }  // namespace dape

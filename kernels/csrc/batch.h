@@ -1,4 +1,4 @@
-// Attention and cache writes of whole batches, shared among threads.
+// Attention, cache writes and the network of training on whole batches, shared among threads.
 #pragma once
 
 #include "cache.h"
@@ -22,5 +22,9 @@ void attend(const Attention& attention, const Plan& plan);
 // Store keys and values of all rows in their slots.
 void write(const Cache& cache, const Source& key, const Source& value, int32_t type, const int64_t* slots,
            int64_t rows, int threads);
+
+// See `dape_adapt` and `dape_adapt_backward`. Both throw std::bad_alloc.
+void adapt(const Adapter& adapter, void* adapted);
+void adapt_backward(const Adapter& adapter, const AdapterGradients& gradients);
 
 }  // namespace dape

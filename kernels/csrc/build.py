@@ -41,7 +41,7 @@ SANITIZE = [
     *("--param", "asan-instrumentation-with-call-threshold=0", "-g1", "-O1"),
 ]
 
-PER_SET = ("attend.cpp", "linear.cpp", "tally.cpp")
+PER_SET = ("adapt.cpp", "attend.cpp", "linear.cpp", "tally.cpp")
 
 
 class BuildError(Exception):

@@ -14,11 +14,12 @@ DAPE_EXPORT const char* dape_isa() { return dape::build_name(); }
 
 DAPE_EXPORT int32_t dape_set_isa(const char* name) { return dape::choose_isa(name) ? 0 : 1; }
 
-DAPE_EXPORT void dape_struct_sizes(int64_t sizes[9]) {
+DAPE_EXPORT void dape_struct_sizes(int64_t sizes[11]) {
     const int64_t own[] = {sizeof(dape::Cache), sizeof(dape::Positional), sizeof(dape::Encoding),
                            sizeof(dape::Attention), sizeof(dape::Linear), sizeof(dape::Tally),
-                           sizeof(dape::Norm), sizeof(dape::Layer), sizeof(dape::Decoder)};
-    for (int i = 0; i < 9; ++i) sizes[i] = own[i];
+                           sizeof(dape::Norm), sizeof(dape::Layer), sizeof(dape::Decoder),
+                           sizeof(dape::Adapter), sizeof(dape::AdapterGradients)};
+    for (int i = 0; i < 11; ++i) sizes[i] = own[i];
 }
 
 DAPE_EXPORT int32_t dape_attend(const dape::Attention* attention) try {
@@ -56,5 +57,19 @@ DAPE_EXPORT void dape_write(const dape::Cache* cache, const void* key, const voi
 
 DAPE_EXPORT void dape_read(const dape::Cache* cache, const int64_t* slots, int64_t count, float* key, float* value) {
     dape::read_slots(*cache, slots, count, key, value);
+}
+
+DAPE_EXPORT int32_t dape_adapt(const dape::Adapter* adapter, void* adapted) try {
+    dape::adapt(*adapter, adapted);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+DAPE_EXPORT int32_t dape_adapt_backward(const dape::Adapter* adapter, const dape::AdapterGradients* gradients) try {
+    dape::adapt_backward(*adapter, *gradients);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 }

@@ -40,6 +40,9 @@ enum Action : int32_t { kStore, kStoreGelu, kStoreGeluTanh, kAdd };
 // Rows and outputs of a linear layer that are one piece of work.
 constexpr int kLinearRows = 192, kLinearOutputs = 64;
 
+// Pairs of one sequence that the score network of training works on together.
+constexpr int kAdapterPairs = 128;
+
 struct Kernel {
     const char* name;
     bool bfloat16;  // whether it multiplies bfloat16
@@ -56,6 +59,11 @@ struct Kernel {
     // The norm of some rows of x [T, hidden].
     void (*normalise)(const Norm& norm, const float* x, int64_t hidden, float epsilon, int64_t first_row, int64_t rows,
                       const Activations& target);
+    int64_t (*adapter_bytes)(const Adapter& adapter);
+    // The pairs from `tile` * kAdapterPairs on, of all sequences.
+    void (*adapt)(const Adapter& adapter, int64_t tile, void* adapted, void* scratch);
+    // Every `parts`-th tile from `part` on, and what these add to the gradients in weights.
+    void (*adapt_backward)(const Adapter& adapter, int64_t part, const AdapterGradients& gradients, void* scratch);
 };
 
 }  // namespace dape

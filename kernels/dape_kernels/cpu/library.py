@@ -161,6 +161,37 @@ class DecoderStruct(Structure):
     )
 
 
+class AdapterStruct(Structure):
+    """The score network of one layer on a block of pairs, in training."""
+
+    _fields_ = (
+        ("first", c_void_p),
+        ("second", c_void_p),
+        ("scores", c_void_p),
+        ("hidden", c_void_p),
+        ("sequences", c_int64),
+        ("pairs", c_int64),
+        ("heads", c_int32),
+        ("width", c_int32),
+        ("keeps_scores", c_int32),
+        ("type", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class AdapterGradientsStruct(Structure):
+    """Gradients in the results of an `AdapterStruct`, and where those in what they are made of go."""
+
+    _fields_ = (
+        ("adapted", c_void_p),
+        ("scores", c_void_p),
+        ("hidden", c_void_p),
+        ("first", c_void_p),
+        ("second", c_void_p),
+        ("parts", c_int64),
+    )
+
+
 # In the order of abi.h.
 STRUCTS = (
     CacheStruct,
@@ -172,6 +203,8 @@ STRUCTS = (
     NormStruct,
     LayerStruct,
     DecoderStruct,
+    AdapterStruct,
+    AdapterGradientsStruct,
 )
 
 
@@ -228,6 +261,8 @@ def load() -> CDLL:
     library.dape_write.restype = None
     library.dape_read.argtypes = (POINTER(CacheStruct), c_void_p, c_int64, c_void_p, c_void_p)
     library.dape_read.restype = None
+    library.dape_adapt.argtypes = (POINTER(AdapterStruct), c_void_p)
+    library.dape_adapt_backward.argtypes = (POINTER(AdapterStruct), POINTER(AdapterGradientsStruct))
     _choose(library, os.environ.get("DAPE_CPU_ISA") or "auto", "DAPE_CPU_ISA")
     return library
 

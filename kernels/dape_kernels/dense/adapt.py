@@ -1,8 +1,8 @@
 """From scores to adapted scores of one block, forward and backward, without the static parts of these.
 
-Three ways: `Plain`, `Network` for DAPE, `Gates` for CoPE. What `forward` keeps for `backward` is the caller's
-to store or to compute again. Letters: H heads, D hidden width, k kernel length, r = k // 2, b sequences,
-R rows, K keys, P = K + 4r columns.
+Three ways: `Plain`, `Network` for DAPE (`CompiledNetwork` where it can run), `Gates` for CoPE. What `forward`
+keeps for `backward` is the caller's to store or to compute again. Letters: H heads, D hidden width, k kernel
+length, r = k // 2, b sequences, R rows, K keys, P = K + 4r columns.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dape_kernels.bias import LEAKY_SLOPE
+from dape_kernels.dense.compiled import CompiledNetwork, available
 from dape_kernels.encoding import Cope, Dape, Encoding
 from dape_kernels.reference import cope_bias
 
@@ -64,7 +65,11 @@ def make_adapter(encoding: Encoding, tensors: tuple[Tensor, ...], dtype: torch.d
     """Return a layer's adapter by the values of `tensors`, for scores of `dtype` and so many tokens."""
     if encoding.cope is not None:
         return Gates(*tensors)
-    return Plain() if encoding.dape is None else Network(encoding.dape, tensors, dtype, tokens)
+    if encoding.dape is None:
+        return Plain()
+    if available(encoding.dape, dtype, tensors[0].device):
+        return CompiledNetwork(encoding.dape, tensors)
+    return Network(encoding.dape, tensors, dtype, tokens)
 
 
 class Plain:

@@ -215,7 +215,11 @@ def _add_parts(
     totals: list[Tensor], parts: tuple[Tensor, Tensor | None], per_sequence: bool, dtype: torch.dtype
 ) -> None:
     """Add the gradients of one block's parts to those of its group, which are empty at first."""
-    found = [part if per_sequence else part.sum(1, keepdim=True) for part in parts if part is not None]
+    found = [
+        part if per_sequence or part.shape[1] == 1 else part.sum(1, keepdim=True)
+        for part in parts
+        if part is not None
+    ]
     if totals:
         for total, part in zip(totals, found, strict=True):
             total += part
