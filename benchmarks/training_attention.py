@@ -2,9 +2,10 @@
 
     python benchmarks/training_attention.py [--against FILE.py] [--precision bf16|fp32] [--json OUT]
 
-`--against` names a file with another `dense_attention`, for instance an older one from version control. All
-variants of a case take turns; medians are reported. Memory is what one forward pass keeps for the backward
-pass beside q, k, v and the parameters, counted at torch's hooks of saved tensors.
+"in PyTorch" is without the network in C++. `--against` names a file with another `dense_attention`, for
+instance an older one from version control. All variants of a case take turns; medians are reported. Memory is
+what one forward pass keeps for the backward pass beside q, k, v and the parameters, counted at torch's hooks
+of saved tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from dape_engine.config import DapeConfig, PositionConfig
 from dape_engine.encoding import PositionalEncoding
-from dape_kernels.dense import attention, dense_attention
+from dape_kernels.dense import adapt, attention, dense_attention
 from dape_kernels.reference import reference_attention
 
 HEADS, HEAD_DIM = 8, 32
@@ -41,19 +42,26 @@ LAYERS = {
 }
 Attention = Callable[..., Tensor]
 LIMIT = attention.KEPT_BYTES
+AVAILABLE = adapt.available
 
 
 def variants(against: Path | None, length: int) -> dict[str, Attention]:
     """Return what is compared at a length, by name."""
 
-    def keeping(limit: int) -> Attention:
+    def own(limit: int, *, compiled: bool = True) -> Attention:
         def run(*arguments: object) -> Tensor:
+            # Until the next variant runs, as the backward pass asks too.
             attention.KEPT_BYTES = limit
+            adapt.available = AVAILABLE if compiled else lambda *_: False
             return dense_attention(*arguments)  # type: ignore[arg-type]
 
         return run
 
-    found: dict[str, Attention] = {"dense": keeping(LIMIT), "recomputing": keeping(0)}
+    found: dict[str, Attention] = {
+        "dense": own(LIMIT),
+        "recomputing": own(0),
+        "in PyTorch": own(LIMIT, compiled=False),
+    }
     if against is not None:
         spec = importlib.util.spec_from_file_location("other_dense", against)
         if spec is None or spec.loader is None:
