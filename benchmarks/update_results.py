@@ -1,7 +1,8 @@
 """Fill the tables of docs/results.md and draw its figures: no number is typed by hand.
 
-Reads docs/results/<sweep>-<data set>.json (`dape evaluate --sweep --collect`) of every sweep and
-benchmarks/results/cost.json (`dape bench cost --json`), those of them that are there.
+Reads docs/results/<sweep>-<data set>.json (`dape evaluate --sweep --collect`) of every sweep,
+docs/results/bias.json (`dape visualize --json`) and benchmarks/results/cost.json (`dape bench cost --json`),
+those of them that are there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 
 from dape_training.cost_report import cost_table
+from dape_training.figures import draw_biases
 from dape_training.markdown import fill
 from dape_training.sweep_numbers import Numbers
 from dape_training.sweep_report import (
@@ -37,6 +39,9 @@ def main() -> None:
         if files:
             datasets = [Numbers.read(json.loads(file.read_text())) for file in files]
             page = fill_sweep(page, sweep, datasets, RESULTS)
+    biases = RESULTS / "bias.json"
+    if biases.exists():
+        draw_biases(biases.with_suffix(".svg"), json.loads(biases.read_text()))
     if COST.exists():
         page = fill(page, "cost", cost_table(json.loads(COST.read_text())))
     path.write_text(page)

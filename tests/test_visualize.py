@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from dape_engine.errors import DapeError
 from dape_engine.inspection import LayerBias
 from dape_server.cli.visualize import visualize
-from dape_training.figures import Curve, draw_biases, draw_curves
+from dape_training.figures import Curve, draw_biases, draw_curves, summarise_biases
 from models import TEXT, write_model
 
 
@@ -57,6 +57,7 @@ def test_a_plain_text_is_read_as_it_is(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], r"expected --out FILE, --json FILE, or both"),
         (["--out", "x.gif"], r"--out x.gif: expected a file that ends with .svg, .png, .pdf"),
         (["--out", "x.svg", "--query", "400"], r"--query 400: the text has \d+ tokens only"),
         (["--out", "x.svg", "--query", "4", "--layers", "2"], "layers: must be from 0 to 1"),
@@ -89,8 +90,18 @@ def test_every_head_is_a_line_through_the_means_of_its_keys(
     static = np.array([[0, -2, -4, -6], [1, 1, 1, 1]], np.float32)
     layer = LayerBias(0, static, static, static * 2)
     with pytest.warns(UserWarning, match="No artists"):
-        draw_biases(tmp_path / "x.png", "title", 3, (0, 1, 2, 3), [layer])
+        draw_biases(tmp_path / "x.png", summarise_biases("model", 3, (0, 1, 2, 3), [layer]))
     assert drawn == [[-1, -5], [1, 1], [-2, -10], [2, 2]]
+
+
+def test_the_numbers_alone_make_the_same_figure(folder: Path, text: Path, tmp_path: Path) -> None:
+    arguments = (str(folder), "--text", str(text), "--query", "40", "--json", str(tmp_path / "bias.json"))
+    run_command(*arguments, "--out", str(tmp_path / "bias.svg"))
+    biases = json.loads((tmp_path / "bias.json").read_text())
+    assert biases["query"] == 40
+    assert [layer["layer"] for layer in biases["layers"]] == [0, 1]
+    draw_biases(tmp_path / "again.svg", biases)
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "bias.svg").read_bytes()
 
 
 def test_curves_end_at_what_was_measured(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png", ".pdf")
 # Bins of the keys in a figure of biases: each shows the mean and the spread within it.
 BINS = 96
+DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +48,70 @@ def check_suffix(path: Path, option: str) -> None:
         raise SettingsError(f"{option} {path}: expected a file that ends with {', '.join(SUFFIXES)}")
 
 
-def draw_biases(path: Path, title: str, query: int, keys: Sequence[int], layers: Sequence[LayerBias]) -> None:
+def summarise_biases(
+    model: str, query: int, keys: Sequence[int], layers: Sequence[LayerBias]
+) -> dict[str, Any]:
+    """Return what `draw_biases` draws, plain numbers: of neighbouring keys the mean and the middle 80 %.
+
+    Args:
+        model: its name.
+        query: position of the query.
+        keys: positions of the keys.
+        layers: the biases of the query at these keys.
+    """
+    groups = np.array_split(np.arange(len(keys)), min(BINS, len(keys)))
+
+    def summary(heads: NDArray[Any]) -> dict[str, list[list[float]]]:
+        parts = [heads[:, group] for group in groups]
+        low, high = (
+            np.stack([np.quantile(part, share, axis=1) for part in parts], 1) for share in (0.1, 0.9)
+        )
+        mean = np.stack([part.mean(1) for part in parts], 1)
+        return {
+            name: np.round(values.astype(float), DIGITS).tolist()
+            for name, values in (("mean", mean), ("low", low), ("high", high))
+        }
+
+    return {
+        "model": model,
+        "query": query,
+        "keys": [float(np.mean([keys[index] for index in group])) for group in groups],
+        "layers": [
+            {
+                "layer": layer.layer,
+                "static": summary(layer.static_bias),
+                "adapted": summary(layer.adapted_bias),
+            }
+            for layer in layers
+        ],
+    }
+
+
+def draw_biases(path: Path, biases: dict[str, Any]) -> None:
     """Draw what one query adds to its scores: a row for each layer, static bias left, adapted bias right.
 
     The two sides have scales of their own. Every head is a line through the means of neighbouring keys; the
     shade around it holds the middle 80 % of them, since the adapted bias also depends on what the keys say.
+
+    Args:
+        path: of the picture.
+        biases: as of `summarise_biases`.
     """
+    query, layers = biases["query"], biases["layers"]
+    title = f"{biases['model']}: bias at query position {query}"
     with _figure(path, title, len(layers), 2, size=(10, 0.6 + 2.6 * len(layers)), sharex=True) as grid:
-        groups = np.array_split(np.arange(len(keys)), min(BINS, len(keys)))
-        middles = [float(np.mean([keys[index] for index in group])) for group in groups]
         for row, (axes, layer) in enumerate(zip(grid, layers, strict=True)):
-            for column, (part, name) in enumerate(
-                ((layer.static_bias, "static bias B"), (layer.adapted_bias, "adapted bias B + f(A, B)"))
+            for axis, part, name in (
+                (axes[0], layer["static"], "static bias B"),
+                (axes[1], layer["adapted"], "adapted bias B + f(A, B)"),
             ):
-                axis = axes[column]
-                for head, values in enumerate(part):
-                    _draw_head(axis, middles, groups, values, head)
-                axis.set_title(f"layer {layer.layer}: {name}", fontsize=10)
+                for head, (mean, low, high) in enumerate(
+                    zip(part["mean"], part["low"], part["high"], strict=True)
+                ):
+                    color = f"C{head % 10}"
+                    axis.fill_between(biases["keys"], low, high, color=color, alpha=0.15, linewidth=0)
+                    axis.plot(biases["keys"], mean, color=color, linewidth=1.2, label=str(head))
+                axis.set_title(f"layer {layer['layer']}: {name}", fontsize=10)
                 axis.axhline(0, color="black", linewidth=0.5)
                 axis.grid(alpha=0.3)
                 if row == len(layers) - 1:
@@ -128,17 +176,6 @@ def _limit(axis: Axes, curves: Sequence[Curve], highest: float | None) -> None:
         lowest = min(y for curve in curves for y in curve.y)
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, 0.97 * lowest), min(high, highest * lowest))
-
-
-def _draw_head(
-    axis: Axes, middles: Sequence[float], groups: Sequence[NDArray[np.int64]], values: NDArray[Any], head: int
-) -> None:
-    color = f"C{head % 10}"
-    low, high = zip(*(np.quantile(values[group], (0.1, 0.9)) for group in groups), strict=True)
-    axis.fill_between(middles, low, high, color=color, alpha=0.15, linewidth=0)
-    axis.plot(
-        middles, [values[group].mean() for group in groups], color=color, linewidth=1.2, label=str(head)
-    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from dape_engine.weights import DEFAULT_MODEL, resolve_model
 from dape_server.cli.model import running_engine
 from dape_server.cli.options import config_option, settings_options
 from dape_training.data import read_documents
-from dape_training.figures import check_suffix, draw_biases
+from dape_training.figures import check_suffix, draw_biases, summarise_biases
+from dape_training.files import whole_file
 
 
 @click.command()
@@ -34,23 +36,42 @@ from dape_training.figures import check_suffix, draw_biases
     "--query", type=click.IntRange(1), default=8192, show_default=True, help="Position of the query token."
 )
 @click.option("--layers", help="Numbers with commas between them, from 0. [default: first, middle and last]")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="SVG, PNG or PDF by suffix.")
 @click.option(
-    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="SVG, PNG or PDF by suffix."
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the numbers that the figure is drawn from.",
 )
 @config_option
 @settings_options(EngineOptions)
 def visualize(
-    model: str, text_file: Path, document: int, query: int, layers: str | None, out: Path, **options: Any
+    model: str,
+    text_file: Path,
+    document: int,
+    query: int,
+    layers: str | None,
+    out: Path | None,
+    json_path: Path | None,
+    **options: Any,
 ) -> None:
     """Draw the biases that one query of a text adds to the scores of its keys, for every head.
 
     Left the static bias B of the positions alone, right the adapted bias B + f(A, B).
     """
-    check_suffix(out, "--out")
+    if out is None and json_path is None:
+        raise SettingsError("expected --out FILE, --json FILE, or both")
+    if out is not None:
+        check_suffix(out, "--out")
     folder = resolve_model(model)
     text = _read(text_file, document)
     found = asyncio.run(_inspect(folder, text, query, layers, options))
-    draw_biases(out, f"{folder.name}: bias at query position {query}", query, found.keys, found.layers)
+    biases = summarise_biases(folder.name, query, found.keys, found.layers)
+    if json_path is not None:
+        with whole_file(json_path) as new:
+            new.write_text(json.dumps(biases) + "\n")
+    if out is not None:
+        draw_biases(out, biases)
 
 
 async def _inspect(
