@@ -22,15 +22,17 @@ struct Matrix {
     int64_t row, column;
 };
 
-// out[rows, pairs] = weights[rows, depth] in[depth, pairs], plus `added` [rows, pairs] where there is one.
-void multiply(Matrix weights, int rows, int depth, const float* in, const float* added, float* out) {
+// out[rows, pairs] = finish(weights[rows, depth] in[depth, pairs], plus `added` [rows, pairs] where there is one).
+// `finish` gets a vector of sums and its place.
+template <class Finish>
+void multiply(Matrix weights, int rows, int depth, const float* in, const float* added, float* out, Finish&& finish) {
     for (int row = 0; row < rows;)
         row += with_largest(Rows{}, rows - row, [&](auto count) DAPE_INLINE_LAMBDA {
             for (int pair = 0; pair < kAdapterPairs; pair += kGroup) {
                 Floats sum[count][kColumns];
                 unrolled<count>([&](auto r) DAPE_INLINE_LAMBDA {
                     unrolled<kColumns>([&](auto c) DAPE_INLINE_LAMBDA {
-                        const int64_t at = (row + r) * kAdapterPairs + pair + c * kLanes;
+                        const int at = (row + r) * kAdapterPairs + pair + c * kLanes;
                         sum[r][c] = added ? load(added + at) : splat(0.0f);
                     });
                 });
@@ -47,12 +49,15 @@ void multiply(Matrix weights, int rows, int depth, const float* in, const float*
                 }
                 unrolled<count>([&](auto r) DAPE_INLINE_LAMBDA {
                     unrolled<kColumns>([&](auto c) DAPE_INLINE_LAMBDA {
-                        store(out + (row + r) * kAdapterPairs + pair + c * kLanes, sum[r][c]);
+                        const int at = (row + r) * kAdapterPairs + pair + c * kLanes;
+                        store(out + at, finish(sum[r][c], at));
                     });
                 });
             }
         });
 }
+
+inline Floats unchanged(Floats x, int) { return x; }
 
 // sums[R, C, lanes] += left[R, pairs] right[C, pairs]^T, lane by lane; rows of sums lie `stride` elements apart.
 template <int R, int C>
@@ -143,8 +148,8 @@ class Tile {
     // Compute the activated hidden values of a sequence.
     void activate(int64_t sequence) {
         read_heads(a_.scores, sequence, scores_);
-        multiply({a_.first, a_.heads, 1}, a_.width, a_.heads, scores_, hidden_, activated_);
-        for (int i = 0; i < a_.width * kAdapterPairs; i += kLanes) store(activated_ + i, leaky(load(activated_ + i)));
+        multiply({a_.first, a_.heads, 1}, a_.width, a_.heads, scores_, hidden_, activated_,
+                 [](Floats x, int) { return leaky(x); });
     }
 
     int64_t first() const { return first_; }
@@ -177,7 +182,7 @@ void adapt(const Adapter& a, int64_t number, void* adapted, void* memory) {
     for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
         tile.activate(sequence);
         multiply({a.second, a.width, 1}, a.heads, a.width, tile.activated(), a.keeps_scores ? tile.scores() : nullptr,
-                 result);
+                 result, unchanged);
         tile.write_heads(adapted, sequence, result);
     }
 }
@@ -201,15 +206,15 @@ void adapt_backward(const Adapter& a, int64_t part, const AdapterGradients& grad
         for (int64_t sequence = 0; sequence < a.sequences; ++sequence) {
             tile.activate(sequence);
             tile.read_heads(gradients.adapted, sequence, of_adapted);
-            multiply({a.second, 1, a.width}, a.width, a.heads, of_adapted, nullptr, of_hidden);
-            for (int i = 0; i < a.width * kAdapterPairs; i += kLanes) {
+            multiply({a.second, 1, a.width}, a.width, a.heads, of_adapted, nullptr, of_hidden, [&](Floats change, int at) {
                 // The sign of the activated value is that of its input.
-                const Floats change = load(of_hidden + i);
-                const Floats found = where_above(load(tile.activated() + i), splat(0.0f), change, change * splat(kLeakySlope));
-                store(of_hidden + i, found);
-                store(of_all_hidden + i, load(of_all_hidden + i) + found);
-            }
-            multiply({a.first, 1, a.heads}, a.heads, a.width, of_hidden, a.keeps_scores ? of_adapted : nullptr, of_scores);
+                const Floats found =
+                    where_above(load(tile.activated() + at), splat(0.0f), change, change * splat(kLeakySlope));
+                store(of_all_hidden + at, load(of_all_hidden + at) + found);
+                return found;
+            });
+            multiply({a.first, 1, a.heads}, a.heads, a.width, of_hidden, a.keeps_scores ? of_adapted : nullptr, of_scores,
+                     unchanged);
             tile.write_heads(gradients.scores, sequence, of_scores);
             add_products(of_hidden, a.width, tile.scores(), a.heads, of_first);
             add_products(of_adapted, a.heads, tile.activated(), a.width, of_second);
