@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dape_engine.config import DapeConfig, PositionConfig
-from dape_kernels.dense import dense_attention
+from dape_kernels.dense import adapt_scores, dense_attention
 from dape_kernels.dense.adapt import Network, make_adapter
 from dape_kernels.dense.compiled import TILE, CompiledNetwork, available
 from dape_kernels.encoding import Dape
@@ -114,6 +115,28 @@ def test_a_layer_learns_as_in_double_precision(bias: str, form: str) -> None:
     for name, expected in wide.items():
         error = float((narrow[name].double() - expected).abs().max())
         assert error < 1e-5 * max(largest, 1.0), name
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "of-each-sequence"])
+def test_scores_are_adapted_as_in_double_precision(shared: bool) -> None:
+    """`adapt_scores`, results and gradients, against the twin by way of float64."""
+    dape = network("concat_residual", 5, 7)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3, 9, 11), (7, 1 if shared else 3, 9, 11)]
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (*drawn, dape.score_weight, dape.out_weight)]
+        own = replace(dape, score_weight=leaves[2], out_weight=leaves[3])
+        adapted = adapt_scores(own, leaves[0], leaves[1])
+        (adapted * torch.linspace(-1, 1, adapted.numel()).view_as(adapted)).sum().backward()  # type: ignore[no-untyped-call]
+        found.append([adapted.detach(), *(leaf.grad for leaf in leaves)])
+    for single, double in zip(*found, strict=True):
+        assert single is not None
+        assert double is not None
+        assert single.shape == double.shape
+        assert relative_error(single, double) < ROUNDING[torch.float32]
 
 
 def test_what_the_library_does_not_support_is_left_to_the_twin() -> None:

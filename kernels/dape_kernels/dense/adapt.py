@@ -7,10 +7,11 @@ length, r = k // 2, b sequences, R rows, K keys, P = K + 4r columns.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dape_kernels.bias import LEAKY_SLOPE
@@ -19,6 +20,8 @@ from dape_kernels.encoding import Cope, Dape, Encoding
 from dape_kernels.reference import cope_bias
 
 Kept = tuple[Tensor, ...]
+# Which pairs lie above the diagonal is asked by kernels longer than 1 only.
+NO_PAIRS = torch.empty(0, 0, dtype=torch.bool)
 
 
 class Adapter(Protocol):
@@ -65,11 +68,48 @@ def make_adapter(encoding: Encoding, tensors: tuple[Tensor, ...], dtype: torch.d
     """Return a layer's adapter by the values of `tensors`, for scores of `dtype` and so many tokens."""
     if encoding.cope is not None:
         return Gates(*tensors)
-    if encoding.dape is None:
-        return Plain()
-    if available(encoding.dape, dtype, tensors[0].device):
-        return CompiledNetwork(encoding.dape, tensors)
-    return Network(encoding.dape, tensors, dtype, tokens)
+    return Plain() if encoding.dape is None else _make_network(encoding.dape, tensors, dtype, tokens)
+
+
+def _make_network(dape: Dape, weights: tuple[Tensor, ...], dtype: torch.dtype, tokens: int) -> Adapter:
+    if available(dape, dtype, weights[0].device):
+        return CompiledNetwork(dape, weights)
+    return Network(dape, weights, dtype, tokens)
+
+
+def adapt_scores(dape: Dape, scores: Tensor, hidden: Tensor) -> Tensor:
+    """Return [A] + W2 leaky(W1_A A + hidden) of DAPE version 1, differentiable in all but the settings.
+
+    Args:
+        dape: the network, of kernel 1.
+        scores: [H, b, R, K].
+        hidden: [D, b, R, K], or [D, 1, R, K] for all sequences.
+
+    Returns:
+        [H, b, R, K].
+    """
+    adapted: Tensor = _Adapt.apply(dape, scores, hidden, dape.score_weight, dape.out_weight)  # type: ignore[no-untyped-call]
+    return adapted
+
+
+class _Adapt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dape: Dape, scores: Tensor, hidden: Tensor, *weights: Tensor) -> Tensor:
+        adapter = _make_network(dape, weights, scores.dtype, scores.shape[-1])
+        adapted, kept = adapter.forward(scores, scores, hidden, NO_PAIRS)
+        ctx.save_for_backward(*weights, *kept)
+        ctx.dape, ctx.shared = dape, hidden.shape[1] == 1
+        return adapted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, *kept = ctx.saved_tensors
+        adapter = _make_network(ctx.dape, (first, second), gradient.dtype, gradient.shape[-1])
+        of_scores, of_hidden, _ = adapter.backward(gradient, gradient, tuple(kept), NO_PAIRS)
+        if ctx.shared and of_hidden is not None and of_hidden.shape[1] > 1:
+            of_hidden = of_hidden.sum(1, keepdim=True)
+        return None, of_scores, of_hidden, *adapter.gradients
 
 
 class Plain:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from dape_kernels.bias import LEAKY_SLOPE
+from dape_kernels.dense import adapt_scores
 from dape_kernels.encoding import Encoding
 
 # Pairs of query and key worked on at a time: with D = 32 they take 2 MB, which stay in the processor's cache.
@@ -66,14 +65,9 @@ def _attend_block(
     """softmax([A] + residual + W2 leaky(W1 A + hidden)) V of queries [H, b, r, d] and keys [H, b, n, d]."""
     heads, count, rows, _ = query.shape
     scores = query.flatten(0, 1) * encoding.scale @ key.flatten(0, 1).transpose(1, 2)
-    adapted = scores = scores.view(heads, -1)
+    adapted = scores = scores.view(heads, count, rows, -1)
     if encoding.dape is not None and hidden is not None:
-        dape = encoding.dape
-        activated = (dape.score_weight[..., 0] @ scores).view(len(hidden), count, rows, -1)
-        activated = functional.leaky_relu_(activated.add_(hidden[:, None]), LEAKY_SLOPE)
-        adapted = dape.out_weight[..., 0] @ activated.flatten(1)
-        if dape.keeps_scores:
-            adapted = adapted + scores
-    weights = (adapted.view(heads, count, rows, -1) + residual[:, None]).softmax(-1)
+        adapted = adapt_scores(encoding.dape, scores, hidden[:, None])
+    weights = (adapted + residual[:, None]).softmax(-1)
     output = torch.bmm(weights.flatten(0, 1), value.flatten(0, 1))
     return output.view(heads, count, rows, -1)
