@@ -78,6 +78,14 @@ def logging_as_before() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 CPU = [f"cpu-{name}" for name in BUILDS]
 
 

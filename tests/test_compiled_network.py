@@ -16,6 +16,8 @@ from dape_kernels.dense.compiled import TILE, CompiledNetwork, available
 from dape_kernels.encoding import Dape
 from layers import WITH_BIAS, random_encoding, random_module, relative_error
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 # Heads, hidden width, sequences, rows, keys: tiles in full and with every remainder.
 SIZES = [
     (1, 1, 1, 1, 1),
@@ -26,14 +28,6 @@ SIZES = [
     (6, 4, 7, 2, TILE // 2 + 1),
 ]
 ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is never written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[1, 2, 3], ids="threads-{}".format)

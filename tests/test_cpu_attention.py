@@ -31,6 +31,8 @@ from layers import (
     relative_error,
 )
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 DEVICE = torch.device("cpu")
 FORMS = [name for name in LAYERS if name != "cope"]
 # Whole sequences, chunks and decode rows whose ends lie around the borders of tiles, panels and blocks.
@@ -50,13 +52,10 @@ ROUNDING = 1e-6
 
 
 @pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
+def _threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def as_cached(paged: Paged) -> Paged:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,16 +12,10 @@ from dape_kernels.dense.blocks import CPU_BLOCK, BlockSize
 from dape_kernels.reference import reference_attention
 from layers import LAYERS, OFFICIAL, Layer, PeakMemory, random_module, random_sequence, relative_error
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 ALL_LAYERS: dict[str, Layer] = {**LAYERS, **OFFICIAL}
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_batch(sequences: int, tokens: int, heads: int, head_dim: int) -> Inputs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -33,18 +32,12 @@ from layers import (
     smallest_block,
 )
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 CHUNKED = BACKENDS["chunked"]
 AMPLE = 1 << 20
 INTERPRETED = ("kerple-v1", "fire-v2-k3")
 NARROW = ("cpu", "triton")  # backends without float64
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def attend(

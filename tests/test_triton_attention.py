@@ -6,7 +6,6 @@ sizes. It multiplies bfloat16 wrongly, so that dtype is left to machines with a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -37,6 +36,8 @@ from layers import (
     relative_error,
 )
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 # Sandwich and the power kernel are tables like T5's.
 ALIKE = ("cope", "sandwich", "kerple_power")
 FORMS = [name for name in {**LAYERS, **OFFICIAL} if not name.startswith(ALIKE)]
@@ -47,14 +48,6 @@ MIXED = [(33, 9), (17, 17), (21, 1), (6, 3)]
 SHAPES = [(1, 16, 1), (5, 24, 7), (12, 64, 32), (7, 80, 16), (20, 32, 4), (3, 128, 40), (33, 8, 64)]
 ROUNDING = 2e-6
 AMPLE = 1 << 24
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def attend(

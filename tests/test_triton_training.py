@@ -6,7 +6,6 @@ two tiles of rows, the second one partly filled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -23,6 +22,8 @@ from layers import LAYERS, WITH_BIAS, Layer, random_encoding, random_module, rel
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Where rounding takes a hidden value across zero, its gradient changes a hundredfold.
 ROUNDING_16 = 3e-2
@@ -35,14 +36,6 @@ FORMS = [
 ]
 SHAPES = [(1, 8, 1), (5, 24, 8), (12, 64, 32), (18, 8, 5), (7, 80, 16)]
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_new_memory() -> Iterator[None]:
-    """Fill new tensors with NaN, so that what is read before it is written cannot go unnoticed."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_inputs(sequences: int, tokens: int, heads: int, head_dim: int) -> Inputs:

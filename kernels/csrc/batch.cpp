@@ -32,6 +32,7 @@ class Scratch {
     int64_t size_ = 0;
 };
 
+// Two, since a walk finds the first bytes of its own as its last item left them.
 thread_local Scratch scratch, adapter_scratch;
 
 std::atomic<uint64_t> calls{0};

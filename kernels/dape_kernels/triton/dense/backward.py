@@ -125,6 +125,7 @@ def rows_kernel(
     Grid [programs, GROUPS * DIM / PART]. A program takes several tiles, because its part of the gradients in
     tables is as large as the tables.
     """
+    tl.static_assert(SHAPE.ROWS == SHAPE.KEYS)
     TILE: tl.constexpr = SHAPE.ROWS
     PART: tl.constexpr = SHAPE.PART
     WIDTH: tl.constexpr = SHAPE.WIDTH
